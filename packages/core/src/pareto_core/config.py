@@ -143,7 +143,13 @@ def _convert_scalar(hint: Any, value: Any, refusal: ConfigError) -> Any:
 def describe(hint: Any) -> str:
     """Name a field's annotation the way a user would."""
     origin, args = get_origin(hint), get_args(hint)
-    words = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", type(None): "nothing"}
+    words = {
+        int: "an integer",
+        float: "a finite number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "nothing",
+    }
     if hint in words:
         return words[hint]
     if origin in (Union, types.UnionType):

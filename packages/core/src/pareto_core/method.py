@@ -79,7 +79,10 @@ class Method(Config):
         """Compute once, before training, what the method needs (caches, calibration). Default: nothing."""
 
     def build(
-        self, task: Task, model: nn.Module | Mapping[str, nn.Module] | None = None, teacher: nn.Module | None = None
+        self,
+        task: Task,
+        model: nn.Module | Mapping[str, nn.Module] | None = None,
+        teacher: nn.Module | None = None,
     ) -> nn.Module:
         """Return the module to train or run, made from ``model`` (default: the task's backbone, frozen)."""
         raise TypeError(f"{type(self).__name__} must define build(task, model, teacher)")

@@ -139,7 +139,11 @@ class RunSpec(Config):
         known = {"backbone"}
         for stage in self.stages:
             if stage.teacher is not None:
-                self.require("stages", stage.teacher in known, f"teacher {stage.teacher!r} must be one of {sorted(known)}")
+                self.require(
+                    "stages",
+                    stage.teacher in known,
+                    f"teacher {stage.teacher!r} must be one of {sorted(known)}",
+                )
             if stage.name:
                 known.add(stage.name)
 

@@ -34,7 +34,9 @@ def unfreeze(model: nn.Module, names: tuple[str, ...]) -> None:
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
-            raise ModelError(f"{type(model).__name__} has no submodule {name!r}; top level: {', '.join(dict(model.named_children()))}")
+            raise ModelError(
+                f"{type(model).__name__} has no submodule {name!r}; top level: {', '.join(dict(model.named_children()))}"
+            )
         modules[name].requires_grad_(True)
 
 
@@ -81,7 +83,8 @@ def load_transformer(directory: Path) -> Any:
     """
     import torch
     import transformers
-    from safetensors.torch import load_model, safe_open
+    from safetensors import safe_open
+    from safetensors.torch import load_model
 
     path = directory / "config.json"
     if not path.is_file():
@@ -90,7 +93,7 @@ def load_transformer(directory: Path) -> Any:
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise DataError(f"{path}: {name!r} is not a model class of transformers")
-    config = cls.config_class.from_pretrained(directory)
+    config = transformers.AutoConfig.from_pretrained(directory)
     with safe_open(directory / "model.safetensors", "pt") as file:
         keys = set(file.keys())
         dtype = file.get_tensor(min(keys)).dtype
