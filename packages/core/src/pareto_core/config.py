@@ -84,7 +84,7 @@ def convert(owner: str, field: str, hint: Any, value: Any) -> Any:
     refusal = ConfigError(owner, field, value, f"expected {describe(hint)}")
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
-        return value
+        return _convert_json(owner, field, value)
     if origin in (Union, types.UnionType):
         for option in args:
             try:
@@ -125,13 +125,28 @@ def _convert_tuple(owner: str, field: str, args: tuple[Any, ...], value: Any, re
     )
 
 
+def _convert_json(owner: str, field: str, value: Any) -> Any:
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _convert_json(owner, f"{field}.{key}", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_convert_json(owner, f"{field}[{i}]", item) for i, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ConfigError(owner, field, value, "expected what JSON can hold: texts, finite numbers, lists, tables")
+
+
 def _convert_scalar(hint: Any, value: Any, refusal: ConfigError) -> Any:
     if hint is None or hint is type(None):
         if value is None:
             return None
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except OverflowError:
+                raise refusal from None
+            if math.isfinite(number):
+                return number
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value

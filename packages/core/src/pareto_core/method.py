@@ -31,8 +31,8 @@ class Paper:
 class Deployed(Protocol):
     """What is measured: anything callable that knows the bytes of its weights.
 
-    A finished ``nn.Module`` qualifies through :func:`pareto_core.weights.weight_bytes`; a native runtime or an estimator
-    gives its own ``weight_bytes``. Where the task generates, it has ``generate`` as well.
+    A finished ``nn.Module`` qualifies through :func:`pareto_core.weights.weight_bytes`; a native runtime or an
+    estimator gives its own ``weight_bytes``. Where the task generates, it has ``generate`` as well.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ class Deployed(Protocol):
 
 
 class Edit(Protocol):
-    """Reads and writes full parameters while training, whatever the engine has done to them (ZeRO shards, fp32 masters).
+    """Reads and writes full parameters while training, whatever the engine made of them (ZeRO shards, fp32 masters).
 
     Every tensor has the parameter's full shape; values are fp32.
     """

@@ -125,6 +125,8 @@ class RunSpec(Config):
     seed: int = 0
     #: name of the variant whose labels, latency and outputs this one is compared with; None for the baseline itself
     baseline: str | None = None
+    #: further variants that this one's times are compared with
+    rivals: tuple[str, ...] = ()
     #: requests of the task that are measured (empty: all that have no fixed protocol)
     requests: tuple[str, ...] = ()
     #: seconds of sampling per request

@@ -172,12 +172,13 @@ def check_config(method: Method) -> None:
     assert method.paper.url.startswith("https://"), f"{cls.__name__}.paper has no URL"
     assert cls.from_json(json.loads(json.dumps(method.to_json()))) == method, "JSON round trip changes the config"
     for field in [*cls.field_names(), "no_such_field"]:
+        refused = None
         try:
             cls.from_json({**method.to_json(), field: object()})
         except ConfigError as error:
-            assert error.field.split("[")[0] == field, f"{cls.__name__}: {field} refused as {error.field}"
-        else:
-            raise AssertionError(f"{cls.__name__} accepts any value for the field {field}")
+            refused = error.field.split("[")[0]
+        assert refused is not None, f"{cls.__name__} accepts any value for the field {field}"
+        assert refused == field, f"{cls.__name__}: {field} refused as {refused}"
 
 
 def _check_training(
@@ -229,10 +230,12 @@ def _logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def _assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str) -> None:
+    assert a.shape == b.shape, f"{what}: the shape {tuple(a.shape)} became {tuple(b.shape)}"
     difference = float((a - b).abs().max())
     assert difference <= tolerance, f"{what} by {difference:.2e} (allowed: {tolerance:.0e})"
 
 
 def _check_files(directory: Path) -> None:
     written = {path.suffix for path in directory.rglob("*") if path.is_file()}
+    assert written, "save wrote nothing"
     assert written <= {".json", ".safetensors"}, f"save wrote {sorted(written)}; only safetensors and JSON are allowed"

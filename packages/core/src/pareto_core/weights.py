@@ -34,9 +34,8 @@ def unfreeze(model: nn.Module, names: tuple[str, ...]) -> None:
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
-            raise ModelError(
-                f"{type(model).__name__} has no submodule {name!r}; top level: {', '.join(dict(model.named_children()))}"
-            )
+            top = ", ".join(dict(model.named_children()))
+            raise ModelError(f"{type(model).__name__} has no submodule {name!r}; top level: {top}")
         modules[name].requires_grad_(True)
 
 
@@ -89,8 +88,8 @@ def load_transformer(directory: Path) -> Any:
     path = directory / "config.json"
     if not path.is_file():
         raise DataError(f"no config.json in {directory}: not a saved model")
-    (name,) = json.loads(path.read_text())["architectures"]
-    cls = getattr(transformers, name, None)
+    name = (json.loads(path.read_text()).get("architectures") or [None])[0]
+    cls = getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise DataError(f"{path}: {name!r} is not a model class of transformers")
     config = transformers.AutoConfig.from_pretrained(directory)

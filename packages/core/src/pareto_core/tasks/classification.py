@@ -124,6 +124,10 @@ class TextClassification(Task):
         """Number of items of ``split``."""
         return len(self.split(split))
 
+    def model_texts(self, example: Example) -> tuple[str, ...]:
+        """Return the text, or the pair of texts, that the model reads of ``example``."""
+        return example.texts
+
     @functools.cached_property
     def _encoded(self) -> dict[Split, list[list[int]]]:
         return {}
@@ -132,7 +136,8 @@ class TextClassification(Task):
         """Token ids of each item of ``split`` (not padded), made once."""
         cache: dict[Split, Any] = self._encoded
         if split not in cache:
-            columns = [list(column) for column in zip(*(e.texts for e in self.split(split)), strict=True)]
+            texts = [self.model_texts(example) for example in self.split(split)]
+            columns = [list(column) for column in zip(*texts, strict=True)]
             tokens = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
             cache[split] = [dict(zip(tokens, row, strict=True)) for row in zip(*tokens.values(), strict=True)]
         found: list[dict[str, list[int]]] = cache[split]

@@ -1,0 +1,335 @@
+"""One run, top to bottom: ``prepare`` trains and scores a variant, ``measure`` times several in turns.
+
+``prepare`` is executed in a process of its own (worker.py). ``measure`` runs in the parent and talks to one worker
+process per variant. Everything around them (command line, journal, MLflow, report) is in suite.py and cli.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pareto_core import Measurement, Method, ModelError, Record, Result, RunSpec, Stage, Target, Task
+from pareto_core.cache import write_json
+from pareto_core.weights import check_finite, freeze, parameter_counts, weight_bytes
+from pareto_runner import discover
+from pareto_runner.machine import context, machine
+from pareto_runner.memory import resident_host_bytes
+from pareto_runner.train import Loop, TrainingRun, distributed, init_deepspeed, make_loop, seed_everything, train
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MIB = 2**20
+#: largest change of a logit that an exact ``finish`` may cause, relative to the largest logit
+FINISH_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+
+OnStep = Callable[[int, int, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A prepared variant on disk: the deployed model, and the result so far (all but latencies)."""
+
+    directory: Path
+    result: Result
+
+    @property
+    def spec(self) -> RunSpec:
+        """The specification that it was prepared from."""
+        return self.result.spec
+
+    def write(self) -> None:
+        """Store the result beside the deployed model."""
+        write_json(self.directory / "result.json", self.result.to_json())
+
+    @classmethod
+    def read(cls, directory: Path) -> Artifact:
+        """Read what :meth:`write` wrote."""
+        return cls(directory, Result.from_json(json.loads((directory / "result.json").read_text())))
+
+
+def prepare(spec: RunSpec, directory: Path, labels: Path | None = None, on_step: OnStep = lambda *_: None) -> Artifact:
+    """Build, train, finish, score and save one variant in this process; every phase has its time and peak memory.
+
+    ``labels`` is the artifact of the variant that a stage's ``labels_from`` names.
+    """
+    target, task = discover.make_target(spec.target), discover.make_task(spec.task)
+    methods = [[discover.make_method(method) for method in stage.methods] for stage in spec.stages]
+    if spec.engine.name == "deepspeed" and target.deepspeed_accelerator:
+        init_deepspeed(target.deepspeed_accelerator)
+    phases = Phases(target)
+    with phases("prepare"):
+        seed_everything(spec.seed)
+        revision = task.data_revision()
+        stage_task = task if labels is None else relabelled(task, labels)
+    phases.start_from_here()
+    with phases("build"):
+        model: Any = task.frozen_backbone()
+    teachers: dict[str, Any] = keep_teachers(spec.stages, "backbone", model)
+    curve: list[tuple[int, float]] = []
+    for stage, together in zip(spec.stages, methods, strict=True):
+        own_task = stage_task if stage.labels_from else task
+        work = StageWork(spec, stage, together, target, own_task, phases, teachers)
+        model, run = work.train(model, on_step)
+        if run is not None:
+            curve += [(len(curve) + step, loss) for step, loss in run.curve]
+            phases.add(training_measurements(run))
+        with phases("finish"):
+            model = work.finish(model)
+        teachers.update(keep_teachers(spec.stages, stage.name, model))
+    with phases("evaluate"):
+        records = task.records(model, task.evaluation_split)
+        scores = task.score(records)
+    phases.add(score_measurements(scores, len(records)))
+    phases.add([Measurement(name="weight_mib", value=weight_bytes(model) / MIB, unit="MiB")])
+    method = methods[-1][-1]
+    result = Result(
+        spec=spec,
+        status="ok",
+        measurements=tuple(phases.measurements()),
+        machine=machine(),
+        context=context(),
+        curve=tuple(curve),
+        data=revision,
+        paper=dataclasses.asdict(method.paper) if method.paper else {},
+    )
+    artifact = Artifact(directory, result)
+    if distributed()[0] == 0:
+        method.save(model, directory / "deployed")
+        save_reference(task, model, target, directory, records)
+        artifact.write()
+    return artifact
+
+
+class StageWork:
+    """One stage at work: builds its methods in order, trains them together, finishes them in order."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        stage: Stage,
+        methods: Sequence[Method],
+        target: Target,
+        task: Task,
+        phases: Phases,
+        teachers: Mapping[str, Any],
+    ) -> None:
+        self.spec, self.stage, self.methods = spec, stage, methods
+        self.target, self.task, self.phases = target, task, phases
+        self.teacher = teachers[stage.teacher] if stage.teacher else None
+        self.precision = spec.engine.precision or target.default_precision
+
+    def build(self, model: Any) -> Any:
+        """Hand the frozen model through every method's ``build``."""
+        with self.phases("prepare"):
+            for method in self.methods:
+                method.prepare(self.task)
+        with self.phases("build"):
+            model = freeze(model)
+            for method in self.methods:
+                model = method.build(self.task, model, self.teacher)
+            check_finite(model)
+        return model
+
+    def loop(self, model: Any) -> Loop:
+        """Start the training engine on a built model."""
+        spec, target = self.spec, self.target
+        return make_loop(
+            model,
+            self.stage.training,
+            spec.engine,
+            self.precision,
+            target.device,
+            target.deepspeed_accelerator,
+            self.rebuild,
+        )
+
+    def rebuild(self) -> nn.Module:
+        """Make the untrained module of a first stage again; a later stage's start is gone and cannot be."""
+        if self.stage is not self.spec.stages[0]:
+            raise ModelError("ZeRO-3 is supported in the first stage only; use zero_stage 2 for the later ones")
+        seed_everything(self.spec.seed)
+        model: Any = freeze(self.task.backbone())
+        for method in self.methods:
+            model = method.build(self.task, model, self.teacher)
+        trained: nn.Module = model
+        return trained
+
+    def train(self, model: Any, on_step: OnStep) -> tuple[Any, TrainingRun | None]:
+        """Build and, where anything is trainable, train; returns the model and what training left."""
+        model = self.build(model)
+        trainable, total = parameter_counts(model)
+        self.phases.add(parameter_measurements(trainable, total))
+        if not trainable:
+            return model.to(self.target.device), None
+        with self.phases("build"):
+            loop = self.loop(model)
+        with self.phases("train"):
+            seed = self.spec.seed
+            run = train(loop, model, self.task, self.methods, self.stage.training, seed, on_step)
+        return loop.finish().eval(), run
+
+    def finish(self, model: Any) -> Any:
+        """Hand the trained model through every method's ``finish`` and check those that promise equal outputs."""
+        exact = all(method.finishes_exactly for method in self.methods)
+        before = probe_logits(self.task, model) if exact else None
+        for method in self.methods:
+            model = method.finish(model, self.task)
+        if before is not None:
+            difference = relative_difference(before, probe_logits(self.task, model))
+            self.phases.add([Measurement(name="finish_difference", value=difference, unit="relative")])
+            if difference > FINISH_TOLERANCE[self.precision]:
+                names = ", ".join(type(method).__name__ for method in self.methods)
+                raise ModelError(f"finish of {names} changed the outputs by {difference:.1e} relative")
+        return model
+
+
+class Phases:
+    """Times phases and reads the peak memory of each; a phase entered again adds up."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._base = 0
+        self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
+        self._others: dict[str, Measurement] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Run the body as the phase ``name``."""
+        self._target.reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        self._target.synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        self._peaks[name] = max(self._peaks.get(name, 0), self._target.peak_memory())
+
+    def start_from_here(self) -> None:
+        """Take what the process holds now (libraries, data) as the base that host peaks are counted from."""
+        idle = resident_host_bytes()
+        self._base = idle if self._target.device == "cpu" else 0
+        self.add([Measurement(name="idle_mib", value=idle / MIB, unit="MiB")])
+
+    def add(self, measurements: Sequence[Measurement]) -> None:
+        """Keep ``measurements``; a later one of the same name replaces the earlier."""
+        self._others.update({item.name: item for item in measurements})
+
+    def measurements(self) -> list[Measurement]:
+        """Everything noted, seconds and training peak included."""
+        found = [Measurement(name=f"time_s.{name}", value=value, unit="s") for name, value in self._seconds.items()]
+        if "train" in self._peaks:
+            peak = (self._peaks["train"] - self._base) / MIB
+            found.append(Measurement(name="train_peak_mib", value=peak, unit="MiB"))
+        return [*self._others.values(), *found]
+
+
+def keep_teachers(stages: Sequence[Stage], name: str, model: Any) -> dict[str, Any]:
+    """Copy the module called ``name`` if a stage wants it as its teacher."""
+    wanted = bool(name) and any(stage.teacher == name for stage in stages)
+    return {name: freeze(copy.deepcopy(model).eval())} if wanted else {}
+
+
+def relabelled(task: Task, labels: Path) -> Task:
+    """Return ``task`` with the training labels that another variant's deployed model predicts."""
+    artifact = Artifact.read(labels)
+    model = load_deployed(artifact)
+    return task.relabel(task.records(model, "train"))
+
+
+def load_deployed(artifact: Artifact) -> Any:
+    """Load a prepared variant with the method that saved it."""
+    last = artifact.spec.stages[-1].methods[-1]
+    return discover.make_method(last).load(artifact.directory / "deployed")
+
+
+def training_measurements(run: TrainingRun) -> list[Measurement]:
+    """Median step with its spread (the first step, which warms up, left out where there are more), and throughput."""
+    import numpy as np
+
+    times = np.array(run.step_seconds[1:] or run.step_seconds) * 1000
+    low, high = np.quantile(times, [0.1, 0.9]) if len(times) >= 10 else (None, None)
+    return [
+        Measurement(
+            name="train_step_alone_ms", value=float(np.median(times)), unit="ms", samples=len(times), low=low, high=high
+        ),
+        Measurement(name="samples_per_second", value=run.samples_per_second, unit="1/s", samples=len(run.curve)),
+        Measurement(name="training_steps", value=len(run.curve), unit="steps"),
+    ]
+
+
+def parameter_measurements(trainable: int, total: int) -> list[Measurement]:
+    """Counts, and the share in percent."""
+    return [
+        Measurement(name="trainable_parameters", value=trainable, unit="parameters"),
+        Measurement(name="total_parameters", value=total, unit="parameters"),
+        Measurement(name="trainable_percent", value=100 * trainable / max(1, total), unit="%"),
+    ]
+
+
+def score_measurements(scores: Mapping[str, float], count: int) -> list[Measurement]:
+    """One per metric, over ``count`` records."""
+    return [Measurement(name=name, value=value, unit="%", samples=count) for name, value in scores.items()]
+
+
+def probe_logits(task: Task, model: Any) -> Any:
+    """Logits on the first 16 items of the evaluation split."""
+    import torch
+
+    batch = next(iter(task.batches(task.evaluation_split, 16, 0)))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.inference_mode():
+        model.eval()
+        return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """Largest absolute difference, relative to the largest magnitude of ``a``."""
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+
+
+def answer_of(output: Any) -> Any:
+    """Return what a call answered as one tensor on the CPU: logits in fp32, or generated tokens."""
+    tensor = output.logits.float() if hasattr(output, "logits") else output
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def save_reference(task: Task, model: Any, target: Target, directory: Path, records: Sequence[Record]) -> None:
+    """Store what the timing workers must reproduce: the answers to every request; and the scored records."""
+    from safetensors.torch import save_file
+
+    answers = {}
+    for name, request in task.requests().items():
+        answers[name] = answer_of(target.prepare(model, request)())
+    if answers:
+        save_file(answers, directory / "reference.safetensors")
+    write_json(directory / "records.json", [dataclasses.asdict(record) for record in records])
+
+
+def measure(artifacts: Sequence[Artifact], notify: Callable[[str], None] = lambda _: None) -> list[Result]:
+    """Time several prepared variants against each other: their workers stay alive together and take turns.
+
+    A second worker of the baseline is the control: its ratio to the first shows what this machine can resolve. Returns
+    one result per artifact, in order; a worker that fails turns its own result into a ``failed`` one.
+    """
+    from pareto_runner.turns import Crew
+
+    if not artifacts:
+        return []
+    with Crew(artifacts) as crew:
+        crew.load("inference", notify)
+        for request in crew.requests():
+            notify(f"timing {request}")
+            crew.time_request(request)
+    if any(artifact.spec.time_training for artifact in artifacts):
+        with Crew(artifacts, crew.findings) as trainers:
+            trainers.load("training", notify)
+            notify("timing training steps")
+            trainers.time_training()
+    return crew.results()
