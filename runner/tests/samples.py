@@ -51,7 +51,7 @@ def measurements(variant: str, seed: int) -> tuple[Measurement, ...]:
         return Measurement(name=name, value=value, unit="ms", samples=300, low=0.97 * value, high=1.06 * value)
 
     return (
-        Measurement(name="accuracy", value=accuracy + 0.4 * (seed - 1), unit="%", samples=1200),
+        Measurement(name="accuracy", value=round(accuracy + 0.4 * (seed - 1), 2), unit="%", samples=1200),
         Measurement(name="majority_accuracy", value=11.0, unit="%"),
         Measurement(name="trainable_parameters", value=trainable, unit="parameters"),
         Measurement(name="trainable_percent", value=100 * trainable / 22_713_216, unit="%"),

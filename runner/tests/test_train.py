@@ -147,7 +147,7 @@ def test_a_loss_that_is_no_number_ends_training_with_advice() -> None:
     model.num_labels = 1
     model.classifier = torch.nn.Linear(48, 1)
     loop = t.TorchLoop(model, settings, "fp32", "cpu")
-    with pytest.raises(TrainingError, match="step 3 of 6.*learning_rate"):
+    with pytest.raises(TrainingError, match=r"step 3 of 6.*learning_rate"):
         t.train(loop, model, Poisoned(), (), settings, 0, lambda *_: None)
 
 

@@ -79,6 +79,19 @@ def test_train_is_shuffled_by_the_seed_and_drops_the_rest(tiny_bert: str) -> Non
     assert len(seen) == 7  # no item is lost for good
 
 
+def test_training_batches_hold_texts_of_similar_length(tiny_bert: str) -> None:
+    task = Animals(model=tiny_bert)
+    orders = set()
+    for seed in range(10):
+        batches = [batch["attention_mask"].sum(1).tolist() for batch in task.batches("train", 2, seed)]
+        assert [len(batch) for batch in batches] == [2, 2, 2]
+        drawn = sorted(length for batch in batches for length in batch)
+        # one of the lengths 3 3 4 4 5 5 11 is left out; the others are dealt in their order, two by two
+        assert sorted(map(sorted, batches)) == [drawn[0:2], drawn[2:4], drawn[4:6]]
+        orders.add(tuple(sorted(batches).index(batch) for batch in batches))
+    assert len(orders) > 1  # the batches themselves are shuffled
+
+
 def test_too_few_items_for_a_batch(tiny_bert: str) -> None:
     task = Animals(model=tiny_bert)
     assert len(list(task.batches("train", 7, 0))) == 1

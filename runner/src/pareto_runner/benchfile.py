@@ -182,6 +182,7 @@ class Choices:
     processes: int = 1
     model: str | None = None
     data: str | None = None
+    cases: tuple[str, ...] = ()
 
 
 def read(path: Path) -> Question:
@@ -228,7 +229,13 @@ def cases(question: Question, choices: Choices) -> Iterator[tuple[str, list[RunS
         problem = f"no profile {choices.profile!r}; {suggest(choices.profile, content.profiles)}"
         raise BenchmarkFileError(question.path, "profiles", problem)
     profile = content.profiles[choices.profile]
+    known = [case.name for case in profile.cases]
+    for name in choices.cases:
+        if name not in known:
+            raise BenchmarkFileError(question.path, f"profiles.{choices.profile}.cases", f"no {name!r}; known: {known}")
     for case in profile.cases or [None]:
+        if case is not None and choices.cases and case.name not in choices.cases:
+            continue
         name = question.name if case is None else f"{question.name}/{case.name}"
         layers: list[Settings] = [profile] if case is None else [profile, case]
         yield name, list(_specs(question, name, layers, choices))

@@ -41,6 +41,9 @@ Target = Annotated[str, typer.Option(help="Hardware: xeon, gpu or tpu (see `pare
 Profile = Annotated[str, typer.Option(help="How much to run; every file has smoke and full (see `pareto list`).")]
 Seeds = Annotated[str | None, typer.Option(help="Seeds to run instead of the profile's: 3 means 0,1,2; or 0,7,42.")]
 Only = Annotated[str | None, typer.Option(help="Run the variants whose name contains this, or matches it (*, ?).")]
+Cases = Annotated[
+    list[str] | None, typer.Option("--case", help="Run these cases of a profile that has several (repeatable).")
+]
 Nproc = Annotated[int, typer.Option(min=1, help="Training processes, started by DeepSpeed's launcher.")]
 Model = Annotated[str | None, typer.Option(help="Backbone instead of the task's: a hub name or a directory.")]
 Data = Annotated[str | None, typer.Option(help="Directory with the task's data.")]
@@ -56,6 +59,7 @@ def bench(
     profile: Profile = "smoke",
     seeds: Seeds = None,
     only: Only = None,
+    case: Cases = None,
     nproc: Nproc = 1,
     model: Model = None,
     data: Data = None,
@@ -71,7 +75,7 @@ def bench(
     """
     from pareto_runner.benchfile import Choices
 
-    choices = Choices(target, profile, parse_seeds(seeds), nproc, model, data)
+    choices = Choices(target, profile, parse_seeds(seeds), nproc, model, data, tuple(case or ()))
     questions = chosen_questions(names or [], benchmarks, all_questions)
     cases = [case for question in questions for case in selected(question, choices, only)]
     if dry_run:
@@ -147,10 +151,10 @@ def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        numbers = []
-    chosen = tuple(numbers) if "," in text else tuple(range(*numbers[:1]))
+        numbers = ()
+    chosen = numbers if "," in text or not numbers else tuple(range(numbers[0]))
     if not chosen or min(chosen) < 0 or len(set(chosen)) != len(chosen):
         raise ConfigError("command line", "--seeds", text, "give a count (3) or distinct seeds (0,7,42)")
     return chosen

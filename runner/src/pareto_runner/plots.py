@@ -23,7 +23,7 @@ COLOURS = ("#2B83C6", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 #: stands for the ink while matplotlib draws; replaced by ``currentColor`` in the SVG
 INK = "#010203"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pareto",
     "font.family": ["DejaVu Sans"],
@@ -221,7 +221,7 @@ def _scale(axis: Axes, points: Sequence[Point]) -> None:
     axis.locator_params(axis="y", nbins=6)
 
 
-def _plain_number(value: float, _: int) -> str:
+def _plain_number(value: float, _: float) -> str:
     return f"{value:g}"
 
 
@@ -280,7 +280,7 @@ def _name_points(axis: Axes, points: Sequence[Point], best: set[int], taken: Seq
         placed.append(box)
         text.set_transform(axis.transAxes)
         text.set_position(axis.transAxes.inverted().transform((box.x0, (box.y0 + box.y1) / 2)))
-        text.set_va("center")
+        text.set_verticalalignment("center")
         if radius > RADII[1]:
             near = (min(max(centres[i][0], box.x0), box.x1), min(max(centres[i][1], box.y0), box.y1))
             ends = axis.transAxes.inverted().transform([centres[i], near])
@@ -324,7 +324,7 @@ def _free_place(
         outside = box.width * box.height - _overlap(box, inside)
         return (clash + 8 * outside) / (width * height) + radius / 80
 
-    options = []
+    options: list[tuple[float, int, Any, float]] = []
     for radius in RADII:
         for dx, dy in DIRECTIONS:
             x = centre[0] + radius * dot * dx + (0 if dx > 0.01 else -width if dx < -0.01 else -width / 2)

@@ -368,7 +368,7 @@ def results_table(section: Section) -> Table:
     unit = next((row.figures[section.metric].unit for row in section.rows if section.metric in row.figures), "")
     score_head = (words(section.metric) if section.metric else "Score") + (f" ({unit})" if unit else "")
     heads = ("Variant", score_head, "Trainable parameters", *(head for _, head in costs))
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for row in section.rows:
         mark = "baseline" if row.variant == section.info.baseline else ""
         name = Cell(row.variant, spread=row.seeds, mark=mark)

@@ -125,9 +125,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.parent_id is not None:
-            interrupted = kind is not None and not issubclass(kind, Exception)
-            self.close_suite("KILLED" if interrupted else "FAILED" if kind or self._failures else "FINISHED")
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        self.close_suite("KILLED" if interrupted else "FAILED" if kind or self._failures else "FINISHED")
 
     @property
     def client(self) -> MlflowClient:
@@ -138,8 +137,7 @@ class Tracker:
 
     def suite(self, name: str, tags: Mapping[str, str] | None = None) -> str:
         """Open the parent run of the results to come and return its id; an open one is closed before."""
-        if self.parent_id is not None:
-            self.close_suite("FAILED" if self._failures else "FINISHED")
+        self.close_suite("FAILED" if self._failures else "FINISHED")
         with self._errors("open a suite in"):
             run = self.client.create_run(
                 self.experiment_id, run_name=name, tags={"pareto.kind": "suite", **_texts(tags or {})}
@@ -148,7 +146,9 @@ class Tracker:
         return self.parent_id
 
     def close_suite(self, status: str = "FINISHED") -> None:
-        """End the parent run."""
+        """End the parent run, where one is open."""
+        if self.parent_id is None:
+            return
         with self._errors("close a suite in"):
             self.client.set_terminated(self.parent_id, status)
         self.parent_id = None
@@ -240,7 +240,8 @@ def table_view(result: Result, metric: str) -> dict[str, Any]:
     names += ["train_peak_mib", "inference_peak_mib"]
     columns = [f"metrics.`{name}`" for name in names] + [f"params.`{name}`" for name in ("profile", "task", "seed")]
     filters = {"searchFilter": "tags.`pareto.kind` = 'result'", "startTime": "ALL", "lifecycleFilter": "Active"}
-    order = {"orderByKey": "attributes.start_time", "orderByAsc": False}
+    # by score, since in order of time MLflow folds the results away under their suites
+    order = {"orderByKey": f"metrics.`{metric}`", "orderByAsc": False}
     return {**filters, **order, "datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": columns}
 
 
@@ -259,7 +260,7 @@ def run_metrics(result: Result) -> dict[str, float]:
     for ratio in result.comparisons:
         if not ratio.name.startswith("control."):
             metrics[_key(f"ratio.{ratio.name}")] = ratio.ratio
-    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+    return {name: _round(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
 def run_params(result: Result) -> dict[str, str]:
@@ -342,6 +343,11 @@ def _migration_lock(path: Path | None) -> Iterator[None]:
         yield
 
 
+def _round(value: float) -> float:
+    """Six digits, for MLflow's table shows all that there are; counts stay exact, and so does result.json."""
+    return float(value) if value == int(value) else float(f"{value:.6g}")
+
+
 def _last(name: str) -> str:
     """``krona`` of ``adapters.krona``."""
     return name.rpartition(".")[2]
@@ -354,7 +360,10 @@ def _key(name: str) -> str:
 
 
 def _text(value: Any, length: int) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (int, float, str)) for item in value):
+        text = f"({', '.join(map(str, value))})"  # as JSON, the UI would spread it over lines
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -148,7 +148,18 @@ class DeepSpeedLoop:
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
-        return mean_loss(losses)
+        return self._over_ranks(mean_loss(losses))
+
+    def _over_ranks(self, loss: float) -> float:
+        """Average over processes, whose shares of a batch are equal."""
+        if self._world == 1:
+            return loss
+        import torch
+        from deepspeed import comm
+
+        total = torch.tensor([loss], device=self._device)
+        comm.all_reduce(total)
+        return float(total) / self._world
 
     def finish(self) -> nn.Module:
         """Return the trained module (ZeRO-3: gathered into a fresh one)."""

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pareto_adapters import BitFit, LoRA
+from pareto_core import ModelError, TaskSpec
+from pareto_core.testing import TinyTask
+from pareto_core.weights import freeze, load_transformer, save_transformer
+
+
+class Headless(TinyTask):
+    """A task whose model has no head."""
+
+    @property
+    def spec(self):
+        return TaskSpec()
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_trains_the_biases_and_the_head():
+    model = BitFit().build(TinyTask())
+    names = trainable(model)
+    assert "classifier.weight" in names
+    assert {name for name in names if not name.endswith(".bias")} == {"classifier.weight"}
+    assert {name for name, _ in model.named_parameters() if name.endswith(".bias")} <= names
+    assert set(model.state_dict()) == set(TinyTask().backbone().state_dict())
+
+
+def test_layer_norms_on_request():
+    more = trainable(BitFit(train_layer_norms=True).build(TinyTask())) - trainable(BitFit().build(TinyTask()))
+    assert more
+    assert all(name.endswith("LayerNorm.weight") for name in more)
+
+
+def test_gives_t5_biases_of_zero_and_leaves_relative_attention_bias_alone(make_model, make_batch, tmp_path):
+    start = freeze(make_model("t5").eval())
+    batch = make_batch("t5")
+    before = start(**batch).logits
+    model = BitFit().build(Headless(), start)
+    torch.testing.assert_close(model(**batch).logits, before)
+    names = trainable(model)
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert names == {f"{name}.bias" for name in linear}
+    assert not any("relative_attention_bias" in name for name in names)
+    for name, parameter in model.named_parameters():
+        if name in names:
+            torch.nn.init.normal_(parameter)
+    save_transformer(BitFit().finish(model, Headless()), tmp_path)
+    torch.testing.assert_close(load_transformer(tmp_path)(**batch).logits, model(**batch).logits)
+
+
+def test_a_model_with_some_biases_gets_no_more(make_model):
+    start = freeze(make_model("gpt2"))
+    before = {name for name, _ in start.named_parameters()}
+    model = BitFit().build(Headless(), start)
+    assert {name for name, _ in model.named_parameters()} == before
+    assert trainable(model) == {name for name in before if name.endswith(".bias")}
+
+
+def test_weights_that_are_not_numbers_are_refused(make_model):
+    start = make_model("bert")
+    start.bert.pooler.dense.bias.data[0] = float("nan")
+    with pytest.raises(ModelError, match=r"bert\.pooler\.dense\.bias holds NaN"):
+        BitFit().build(TinyTask(), start)
+
+
+def test_trained_together_with_an_adapter():
+    task = TinyTask()
+    adapted = LoRA().build(task)
+    model = BitFit().build(task, adapted)
+    names = trainable(model)
+    assert any("lora_A" in name for name in names)
+    assert any(name.endswith("query.base_layer.bias") for name in names)
+    deployed = BitFit().finish(LoRA().finish(model, task), task)
+    assert set(deployed.state_dict()) == set(task.backbone().state_dict())

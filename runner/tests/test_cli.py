@@ -1,0 +1,92 @@
+"""The command line: choices, messages, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pareto_core import ConfigError
+from pareto_runner.cli import main, matches, parse_seeds
+
+
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int | str | None, str]:
+    monkeypatch.setattr("sys.argv", ["pareto", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out + captured.err
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", (0, 1, 2)), ("0,7,42", (0, 7, 42)), ("5,", None), (None, None)])
+def test_seeds(text: str | None, seeds: tuple[int, ...] | None) -> None:
+    if text == "5,":
+        with pytest.raises(ConfigError):
+            parse_seeds(text)
+    else:
+        assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1,1", "x", "", "1,-2"])
+def test_bad_seeds_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="count"):
+        parse_seeds(text)
+
+
+def test_only_matches_parts_and_patterns() -> None:
+    assert matches("lora", "LoRA r=1")
+    assert matches("KronA*", "KronA (24, 16)")
+    assert not matches("kron*b", "KronA (24, 16)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "adapters/krona_vs_laura"], "adapters/krona_vs_lora"),
+        (["bench", "--only", "nobody"], "nobody"),
+        (["bench", "--profile", "ful", "--dry-run"], "'full'"),
+        (["bench", "--target", "gpus", "--dry-run"], "'gpu'"),
+        (["bench", "--seeds", "none"], "--seeds"),
+        (["bench", "missing.toml"], "cannot be read"),
+        (["bench", "adapters/krona_vs_lora", "--profile", "glue", "--case", "wnli", "--dry-run"], "'rte'"),
+        (["report", "--out", "nowhere"], "pareto bench"),
+        (["list", "--benchmarks", "nowhere"], "not a folder"),
+        (["bench", "--nproc", "0"], "nproc"),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_code_2(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    code, text = command(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert words in text
+    assert "Traceback" not in text
+
+
+def test_list_and_targets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setenv("COLUMNS", "200")
+    code, text = command(monkeypatch, capsys, "list")
+    assert not code
+    assert "adapters/krona_vs_lora" in text
+    assert "krona" in text
+    code, text = command(monkeypatch, capsys, "targets")
+    assert not code
+    assert "tpu" in text
+    assert "DeepSpeed has no TPU" in text
+
+
+def test_help_imports_neither_torch_nor_mlflow() -> None:
+    code = (
+        "import sys; sys.argv = ['pareto', '--help']\n"
+        "from pareto_runner.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'mlflow', 'transformers', 'deepspeed') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip().endswith("[]")
