@@ -88,12 +88,20 @@ class Child:
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Send a command and wait for its answer; raises ChildError where the child ends or reports an error."""
+        self.send(**command)
+        return self.answer()
+
+    def send(self, **command: Any) -> None:
+        """Send a command without waiting; raises ChildError where the child has ended."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise ChildError(self.post_mortem()) from None
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the answer to the last command; raises ChildError where the child ends or reports an error."""
         for answer in self.messages():
             if "error" in answer:
                 raise ChildError(answer["error"], answer.get("kind", "failed"))

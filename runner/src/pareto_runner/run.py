@@ -323,13 +323,14 @@ def measure(artifacts: Sequence[Artifact], notify: Callable[[str], None] = lambd
     if not artifacts:
         return []
     with Crew(artifacts) as crew:
-        crew.load("inference", notify)
+        notify("loading the finished models")
+        crew.load()
         for request in crew.requests():
             notify(f"timing {request}")
             crew.time_request(request)
-    if any(artifact.spec.time_training for artifact in artifacts):
-        with Crew(artifacts, crew.findings) as trainers:
-            trainers.load("training", notify)
+        if artifacts[0].spec.time_training:
+            notify("loading the models in training")
+            crew.start_training()
             notify("timing training steps")
-            trainers.time_training()
-    return crew.results()
+            crew.time_training()
+        return crew.results()

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from pareto_core import Comparison, Measurement, Result
 from pareto_runner.compare import paired_ratio
+from pareto_runner.discover import make_target
 from pareto_runner.isolate import Child, ChildError, environment, worker_command
 from pareto_runner.run import Artifact
 
@@ -58,9 +59,9 @@ class Member:
 class Crew:
     """The workers of all variants, and a second one of the baseline as a control."""
 
-    def __init__(self, artifacts: Sequence[Artifact], findings: Mapping[str, Findings] | None = None) -> None:
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
         self._artifacts = artifacts
-        self.findings = dict(findings or {a.spec.variant: Findings() for a in artifacts})
+        self.findings = {a.spec.variant: Findings() for a in artifacts}
         self._members: list[Member] = []
         self._known: dict[str, Any] = {}
 
@@ -77,22 +78,23 @@ class Crew:
         names = {a.spec.variant for a in self._artifacts}
         return next((a.spec.baseline for a in self._artifacts if a.spec.baseline in names), None)
 
-    def load(self, mode: str, notify: Callable[[str], None]) -> None:
-        """Start the workers one after another and let each load its variant."""
-        wanted = [(a, False) for a in self._artifacts if not self.findings[a.spec.variant].error]
+    def load(self) -> None:
+        """Start the workers and let each load its finished model, all at once."""
+        threads = len(os.sched_getaffinity(0))
+        wanted = [(a, False) for a in self._artifacts]
         wanted += [(a, True) for a in self._artifacts if a.spec.variant == self.baseline]
         for artifact, control in wanted:
-            if mode == "training" and not artifact.spec.time_training:
-                continue
-            name = artifact.spec.variant
-            notify(f"loading {name}{' (control)' if control else ''} for {mode}")
-            log = artifact.directory / f"{mode}{'-control' if control else ''}.log"
-            threads = len(os.sched_getaffinity(0))
-            command = worker_command("turns", str(artifact.directory), mode)
-            member = Member(name, artifact, Child(command, log, environment(threads)), control)
-            self._members.append(member)
-            for answer in self._attempt(member, "load"):
-                self._known = answer["requests"] or self._known
+            log = artifact.directory / f"turns{'-control' if control else ''}.log"
+            accelerator = make_target(artifact.spec.target).deepspeed_accelerator
+            child = Child(worker_command("turns", str(artifact.directory)), log, environment(threads, accelerator))
+            self._members.append(Member(artifact.spec.variant, artifact, child, control))
+        for answer in self._all("load"):
+            self._known = answer["requests"]
+
+    def start_training(self) -> None:
+        """Let each worker build its variant's first stage and start its engine, all at once."""
+        for _ in self._all("train"):
+            pass
 
     def requests(self) -> list[str]:
         """Names of the requests that the specification asks for: by default those without a fixed protocol."""
@@ -212,6 +214,21 @@ class Crew:
         found = self.findings[member.name]
         names = {item.name for item in measurements}
         found.measurements = [item for item in found.measurements if item.name not in names] + list(measurements)
+
+    def _all(self, do: str) -> Iterator[dict[str, Any]]:
+        """Send a command to every worker, then yield the answers of those that gave one."""
+        sent = []
+        for member in list(self._members):
+            try:
+                member.child.send(do=do)
+                sent.append(member)
+            except ChildError as error:
+                self._drop(member, error)
+        for member in sent:
+            try:
+                yield member.child.answer()
+            except ChildError as error:
+                self._drop(member, error)
 
     def _attempt(self, member: Member, do: str, **details: Any) -> Iterator[dict[str, Any]]:
         try:

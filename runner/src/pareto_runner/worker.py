@@ -174,7 +174,7 @@ def _columns(calls: list[dict[str, float]]) -> dict[str, Any]:
     return {key: [call[key] for call in calls] for key in calls[0]}
 
 
-def answer_turns(directory: str, mode: str) -> None:
+def answer_turns(directory: str) -> None:
     """Load, then answer commands from standard input, one JSON line each, until it ends."""
     artifact = Artifact.read(Path(directory))
     turns: Any = None
@@ -182,8 +182,12 @@ def answer_turns(directory: str, mode: str) -> None:
         command = json.loads(line)
         try:
             if command["do"] == "load":
-                turns = InferenceTurns(artifact) if mode == "inference" else TrainingTurns(artifact)
-                say({"requests": turns.requests() if mode == "inference" else {}})
+                turns = InferenceTurns(artifact)
+                say({"requests": turns.requests()})
+            elif command["do"] == "train":
+                turns = None  # the finished model's memory is free before the next model is built
+                turns = TrainingTurns(artifact)
+                say({})
             elif command["do"] == "choose":
                 say(turns.choose(command["request"]))
             elif command["do"] == "turn":
