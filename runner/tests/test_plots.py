@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -112,6 +113,9 @@ def test_curves_name_every_line() -> None:
     text = plots.svg(plots.curves_figure(lines))
     assert "variant 0" in text
     assert "variant 1" in text
+    written = re.findall(r"<text ([^>]*)", text)
+    assert written
+    assert all("currentColor" in style for style in written)  # light on dark screens
 
 
 def test_clean_cuts_and_removes_what_cannot_be_printed() -> None:

@@ -127,9 +127,19 @@ def test_other_targets_and_data_have_sections_of_their_own() -> None:
     assert slugs == ["adapters-krona-vs-lora-smoke-xeon", "adapters-krona-vs-lora-smoke-xeon-2"]
 
 
-def test_the_score_is_found_whatever_its_name() -> None:
+def test_a_rival_beside_the_baseline_has_a_line_and_leaves_the_ratio_alone() -> None:
+    [section] = report.make_sections(suite(1), {})
+    assert report.rivalries(section) == [
+        "train step: KronA (24, 16) against LoRA r=1 ×1.030 [1.020, 1.040], higher",
+    ]
+    krona = next(r for r in section.rows if r.variant == "KronA (24, 16)")
+    assert krona.ratios["train_step_ms"].baseline == "Full fine-tuning"
+
+
+def test_the_score_is_the_one_that_the_result_names() -> None:
     result = dataclasses.replace(
         ok("LoRA r=1"),
+        metric="matthews",
         measurements=(
             Measurement(name="train_step_ms", value=1.0, unit="ms"),
             Measurement(name="matthews", value=62.13, unit="%"),

@@ -62,6 +62,7 @@ class ReferenceTable(Strict):
     columns: list[str] = Field(min_length=1)
     rows: dict[str, list[float | int | str]] = Field(min_length=1)
     ours: dict[str, str] = {}
+    note: str = ""
 
     @model_validator(mode="after")
     def _row_lengths(self) -> ReferenceTable:

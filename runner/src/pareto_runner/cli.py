@@ -137,11 +137,16 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000,
 ) -> None:
     """Open MLflow's UI on the store of the runs (on this machine only, 127.0.0.1)."""
-    from pareto_runner.tracking import ui_command
+    from pareto_core import ParetoError
+    from pareto_runner.tracking import find_experiment, ui_command, ui_page
 
-    console.print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
+    experiment = find_experiment(tracking_uri)
+    if experiment is None:
+        raise ParetoError("no runs in this store: run `pareto bench` first, or name the store with --tracking-uri")
+    command = ui_command(tracking_uri, port)
+    console.print(f"MLflow on http://127.0.0.1:{port}{ui_page(experiment)} (Ctrl-C ends it)", soft_wrap=True)
     with contextlib.suppress(KeyboardInterrupt):
-        raise typer.Exit(subprocess.run(ui_command(tracking_uri, port), check=False).returncode)
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
 def parse_seeds(text: str | None) -> tuple[int, ...] | None:
@@ -280,14 +285,20 @@ def infos(question: Question) -> dict[str, object]:
 
     content = question.content
     references = tuple(
-        Reference(r.table, r.caption, tuple(r.columns), {k: tuple(v) for k, v in r.rows.items()}, dict(r.ours))
+        Reference(r.table, r.caption, tuple(r.columns), {k: tuple(v) for k, v in r.rows.items()}, r.note)
         for r in content.references
     )
+    ours = {row: variant for reference in content.references for row, variant in reference.ours.items()}
     names = [question.name]
     names += [f"{question.name}/{case.name}" for profile in content.profiles.values() for case in profile.cases]
     return {
         name: QuestionInfo(
-            name=name, title=content.title, text=content.text, baseline=content.baseline, references=references
+            name=name,
+            title=content.title,
+            text=content.text,
+            baseline=content.baseline,
+            references=references,
+            ours=ours,
         )
         for name in names
     }

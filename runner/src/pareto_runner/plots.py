@@ -95,7 +95,8 @@ def front(points: Sequence[Point], higher_is_better: bool = True) -> list[int]:
     """
     sign = -1.0 if higher_is_better else 1.0
     measured = [i for i, point in enumerate(points) if not point.compiled]
-    kept, best = [], math.inf
+    kept: list[int] = []
+    best = math.inf
     for i in sorted(measured, key=lambda i: (points[i].x, sign * points[i].y)):
         value = sign * points[i].y
         equal = bool(kept) and points[kept[-1]].x == points[i].x and value == best
@@ -114,7 +115,7 @@ def pareto_figure(panels: Sequence[Panel]) -> Figure:
 
 
 def curves_figure(lines: Sequence[Line]) -> Figure:
-    """Draw training loss by optimizer step, each line named at its end."""
+    """Draw training loss by optimizer step, each line named at its end; there must be a line."""
     figure, (axis,) = _figure(1)
     axis.set(xlabel="Optimizer step", ylabel="Training loss")
     for line in lines:
@@ -279,7 +280,7 @@ def _name_points(axis: Axes, points: Sequence[Point], best: set[int], taken: Seq
         box, radius = _free_place(centres[i], size.width, size.height, obstacles, placed, inside, dot)
         placed.append(box)
         text.set_transform(axis.transAxes)
-        text.set_position(axis.transAxes.inverted().transform((box.x0, (box.y0 + box.y1) / 2)))
+        text.set_position(tuple(axis.transAxes.inverted().transform((box.x0, (box.y0 + box.y1) / 2))))
         text.set_verticalalignment("center")
         if radius > RADII[1]:
             near = (min(max(centres[i][0], box.x0), box.x1), min(max(centres[i][1], box.y0), box.y1))
@@ -336,8 +337,8 @@ def _free_place(
 
 
 def _overlap(a: Any, b: Any) -> float:
-    wide = min(a.x1, b.x1) - max(a.x0, b.x0)
-    tall = min(a.y1, b.y1) - max(a.y0, b.y0)
+    wide = float(min(a.x1, b.x1) - max(a.x0, b.x0))
+    tall = float(min(a.y1, b.y1) - max(a.y0, b.y0))
     return wide * tall if wide > 0 and tall > 0 else 0.0
 
 
@@ -350,7 +351,8 @@ def _name_lines(axis: Axes, lines: Sequence[Line]) -> None:
     axis.set_xlim(start, end)
     axis.locator_params(nbins=6)
     bounds = axis.get_position()
-    texts = [axis.text(0, 0, clean(line.label, 20), fontsize=9, va="center", parse_math=False) for line in lines]
+    style = {"color": INK, "fontsize": 9, "va": "center", "parse_math": False}
+    texts = [axis.text(0, 0, clean(line.label, 20), **style) for line in lines]
     width = max(text.get_window_extent(renderer).width for text in texts) / figure.bbox.width
     axis.set_position((bounds.x0, bounds.y0, bounds.width - width - 0.01, bounds.height))
     height = 1.15 * texts[0].get_window_extent(renderer).height / axis.get_window_extent(renderer).height

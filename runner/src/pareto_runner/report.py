@@ -50,10 +50,6 @@ COSTS = (
     ("weight_mib", "Weights", "MiB"),
 )
 #: figures that are not the task's score
-KNOWN = re.compile(
-    r"(majority_accuracy|trainable_|total_parameters|weight_mib|latency_ms|first_token_ms|next_token_ms|throughput"
-    r"|inference_peak|train_peak|train_step|samples_per_second|time_s|training_steps|finish_difference)"
-)
 CONTROL = "control."
 CURVE_POINTS = 80
 SIGNS = {"better": "▲", "worse": "▼", "inconclusive": "≈"}
@@ -79,10 +75,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionInfo:
-    """What the benchmark file says of a question; ``ours`` maps a row of the references to the variant that it is.
-
-    ``metric`` is the score's measurement; empty: the first measurement that is none of the runner's own.
-    """
+    """What the benchmark file says of a question; ``ours`` maps a row of the references to the variant that it is."""
 
     name: str
     title: str = ""
@@ -90,8 +83,6 @@ class QuestionInfo:
     baseline: str | None = None
     references: tuple[Reference, ...] = ()
     ours: dict[str, str] = dataclasses.field(default_factory=dict)
-    metric: str = ""
-    higher_is_better: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +99,13 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The seeds of one variant."""
+    """The seeds of one variant: ``ratios`` to the baseline by name, ``rivals`` to other variants."""
 
     variant: str
     results: tuple[Result, ...]
     figures: dict[str, Figure]
     ratios: dict[str, Comparison]
+    rivals: tuple[Comparison, ...] = ()
 
     @property
     def ok(self) -> list[Result]:
@@ -212,8 +204,11 @@ def make_row(variant: str, results: Sequence[Result], metric: str) -> Row:
         for ratio in result.comparisons:
             compared.setdefault((ratio.name, ratio.baseline), []).append(ratio)
     figures = {name: _figure(items, name == metric) for name, items in measured.items()}
-    ratios = {name: combine_ratio(items) for (name, _), items in compared.items()}
-    return Row(variant, tuple(results), figures, ratios)
+    baseline = next((result.spec.baseline for result in ok if result.spec.baseline != variant), None)
+    combined = [combine_ratio(items) for items in compared.values()]
+    ratios = {item.name: item for item in combined if item.baseline == baseline or item.name.startswith(CONTROL)}
+    rivals = tuple(item for item in combined if item.name not in ratios or ratios[item.name] is not item)
+    return Row(variant, tuple(results), figures, ratios, rivals)
 
 
 def _figure(items: Sequence[Measurement], is_score: bool) -> Figure:
@@ -281,7 +276,7 @@ def _section(slug: str, title: str, info: QuestionInfo, results: Sequence[Result
     by_variant: dict[str, dict[int, Result]] = {}
     for result in results:
         by_variant.setdefault(result.spec.variant, {})[result.spec.seed] = result
-    metric = info.metric or find_metric(results)
+    metric = find_metric(results)
     rows = [make_row(name, list(seeds.values()), metric) for name, seeds in by_variant.items()]
     rows.sort(key=lambda row: row.variant != info.baseline)
     with_machine = next((result for result in results if result.machine), results[0])
@@ -289,9 +284,8 @@ def _section(slug: str, title: str, info: QuestionInfo, results: Sequence[Result
 
 
 def find_metric(results: Iterable[Result]) -> str:
-    """Name of the task's score: the first measurement that is none of the runner's own; empty where none is."""
-    names = (item.name for result in results for item in result.measurements)
-    return next((name for name in names if not KNOWN.match(name)), "")
+    """Name of the task's score, as the results say; empty where none does."""
+    return next((result.metric for result in results if result.metric), "")
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
@@ -457,6 +451,17 @@ def controls(section: Section) -> list[str]:
     return lines
 
 
+def rivalries(section: Section) -> list[str]:
+    """One line per comparison with a variant that is not the baseline."""
+    signs = {"better": "lower", "worse": "higher", "inconclusive": "not told apart"}
+    return [
+        f"{_short(ratio.name)}: {row.variant} against {ratio.baseline} "
+        f"×{ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], {signs[ratio.verdict]}"
+        for row in section.rows
+        for ratio in row.rivals
+    ]
+
+
 def environment_tables(results: Sequence[Result]) -> list[tuple[str, list[tuple[str, str]]]]:
     """For each machine, what is known of it and of the circumstances; values that differ are all listed."""
     tables: dict[str, dict[str, dict[str, None]]] = {}
@@ -508,7 +513,7 @@ def pareto_panels(section: Section) -> list[plots.Panel]:
                     x_label=label,
                     y_label=results_table(section).heads[1],
                     points=points,
-                    higher_is_better=section.info.higher_is_better,
+                    higher_is_better=all(result.higher_is_better for result in section.results),
                 )
             )
     return panels
@@ -680,6 +685,7 @@ def _template_values(
                     if any(row.ok for row in section.rows)
                 ],
                 "controls": controls(section),
+                "rivals": rivalries(section),
                 "failures": failures,
                 "front": front_names(section),
                 "papers": list(papers.values()),
@@ -747,12 +753,11 @@ def terminal_table(results: Sequence[Result]) -> TerminalTable:
     from rich.text import Text
 
     table = RichTable(title="Results" if results else "No results", title_justify="left", box=box.SIMPLE_HEAD)
-    heads = ("Variant", "Seeds", "Score", "Trainable", "Latency ms", "×", "Train step ms", "×", "Train MiB")
-    for head in heads:
-        table.add_column(head, justify="left" if head == "Variant" else "right", overflow="fold")
+    table.add_column("Variant", overflow="fold", min_width=16)
+    for head in ("Seeds", "Score", "Trained", "ms", "×", "Step ms", "×", "MiB"):
+        table.add_column(head, justify="right", no_wrap=True)
     notes = Text()
     for section in make_sections(results, {}):
-        table.add_row(Text(plots.clean(section.title, 60), style="bold"))
         for row in section.rows:
             texts = [row.variant, row.seeds.removesuffix("s").removesuffix(" seed"), *_terminal_cells(section, row)]
             table.add_row(*(Text(plots.clean(text, 60)) for text in texts))

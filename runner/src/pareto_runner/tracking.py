@@ -258,7 +258,7 @@ def run_metrics(result: Result) -> dict[str, float]:
         if item.name not in LEFT_OUT:
             metrics[_key(item.name if item.kind == "measured" else f"compiled.{item.name}")] = item.value
     for ratio in result.comparisons:
-        if not ratio.name.startswith("control."):
+        if ratio.baseline == result.spec.baseline and not ratio.name.startswith("control."):
             metrics[_key(f"ratio.{ratio.name}")] = ratio.ratio
     return {name: _round(value) for name, value in metrics.items() if math.isfinite(value)}
 

@@ -48,6 +48,9 @@ class Result(Config):
     status: Status
     reason: str = ""
     measurements: tuple[Measurement, ...] = ()
+    #: name of the measurement that is the task's score, and which way it is better
+    metric: str = ""
+    higher_is_better: bool = True
     comparisons: tuple[Comparison, ...] = ()
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
     context: dict[str, Any] = dataclasses.field(default_factory=dict)
