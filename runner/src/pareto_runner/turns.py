@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -20,7 +21,7 @@ from pareto_runner.run import Artifact
 
 #: seconds of timed calls in one turn
 SLOT = 0.05
-MIN_ROUNDS, WARMUP_ROUNDS = 10, 3
+MIN_ROUNDS, WARMUP_ROUNDS = 10, 2
 #: sampling ends when every ratio is known this well (half the width of its interval)
 TIGHT = 0.005
 #: outputs of the loaded model may differ from those at the end of preparation by this much, relative
@@ -110,15 +111,17 @@ class Crew:
         if repeats:
             self._run_protocol(repeats)
         else:
-            self._take_turns()
+            self._take_turns("turn", seconds=SLOT)
         for member in self._members:
             if member.turns and not member.control:
                 self._note(member, self._request_measurements(member, name))
         self._compare(f"latency_ms.{name}")
 
     def time_training(self) -> None:
-        """Sample optimizer steps in turns."""
-        self._take_turns()
+        """Sample optimizer steps in turns; in a turn every worker takes the same steps over the same batches."""
+        self._warm_up("steps", count=1)
+        slowest = max((m.medians()[-1] for m in self._members), default=SLOT)
+        self._take_turns("steps", count=max(1, math.ceil(SLOT / slowest)))
         for member in self._members:
             if member.turns and not member.control:
                 self._note(member, [spread("train_step_ms", member.samples())])
@@ -148,31 +151,34 @@ class Crew:
             peak = Measurement(name="inference_peak_mib", value=answer["peak_mib"], unit="MiB")
             self._note(member, [peak])
 
-    def _take_turns(self) -> None:
-        for member in self._members:
-            member.turns = []
-        for _ in range(WARMUP_ROUNDS):
-            self._round(0)
-        for member in self._members:
-            member.turns = []
-        budget = self._artifacts[0].spec.measure_seconds * len(self._members)
-        end = time.monotonic() + budget
+    def _warm_up(self, do: str, **details: Any) -> None:
+        self._forget()
+        for number in range(WARMUP_ROUNDS):
+            self._round(number, do, **details)
+
+    def _take_turns(self, do: str, **details: Any) -> None:
+        self._warm_up(do, **details)
+        self._forget()
+        end = time.monotonic() + self._artifacts[0].spec.measure_seconds * len(self._members)
         rounds = 0
         while self._members and (rounds < MIN_ROUNDS or time.monotonic() < end):
-            self._round(rounds)
+            self._round(rounds, do, **details)
             rounds += 1
             if rounds >= 2 * MIN_ROUNDS and rounds % MIN_ROUNDS == 0 and self._tight():
                 break
 
-    def _round(self, number: int) -> None:
+    def _forget(self) -> None:
+        for member in self._members:
+            member.turns = []
+
+    def _round(self, number: int, do: str, **details: Any) -> None:
         count = len(self._members)
         for member in [self._members[(i + number) % count] for i in range(count)]:
-            for answer in self._attempt(member, "turn", seconds=SLOT):
+            for answer in self._attempt(member, do, **details):
                 member.turns.append(answer)
 
     def _run_protocol(self, repeats: int) -> None:
-        for member in self._members:
-            member.turns = []
+        self._forget()
         for _ in range(repeats):
             for member in list(self._members):
                 for answer in self._attempt(member, "protocol"):

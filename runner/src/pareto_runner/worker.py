@@ -153,13 +153,9 @@ class TrainingTurns:
         model.train()
         self._batches: Iterator[Any] = batch_stream(task, stage.training.batch_size, spec.seed, 10**9)
 
-    def turn(self, seconds: float) -> dict[str, Any]:
-        """Timed optimizer steps for ``seconds`` (at least one)."""
-        end = time.perf_counter() + seconds
-        times = [self._step()]
-        while time.perf_counter() < end:
-            times.append(self._step())
-        return {"times": times}
+    def steps(self, count: int) -> dict[str, Any]:
+        """Timed optimizer steps: every worker takes the same number, over the same batches."""
+        return {"times": [self._step() for _ in range(count)]}
 
     def _step(self) -> float:
         batch = next(self._batches)
@@ -192,6 +188,8 @@ def answer_turns(directory: str) -> None:
                 say(turns.choose(command["request"]))
             elif command["do"] == "turn":
                 say(turns.turn(command["seconds"]))
+            elif command["do"] == "steps":
+                say(turns.steps(command["count"]))
             elif command["do"] == "protocol":
                 say(turns.protocol())
         except Exception as error:
