@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -57,3 +58,14 @@ def test_several_processes_go_through_deepspeeds_launcher() -> None:
     assert command[1:3] == ["-m", "deepspeed.launcher.launch"]
     assert command[-3:] == ["pareto_runner.worker", "prepare", "a"]
     assert "--module" in command
+
+
+def test_one_process_is_bound_to_the_cpus_that_it_may_use_and_several_are_not() -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    alone = environment()
+    assert alone["OMP_NUM_THREADS"] == str(len(cpus))
+    assert alone["OMP_PLACES"] == ",".join(f"{{{cpu}}}" for cpu in cpus)
+    shared = environment(processes=2, accelerator="cpu")
+    assert shared["OMP_NUM_THREADS"] == str(max(1, len(cpus) // 2))
+    assert shared["DS_ACCELERATOR"] == "cpu"
+    assert shared.get("OMP_PROC_BIND") == os.environ.get("OMP_PROC_BIND")

@@ -104,9 +104,8 @@ class Suite:
                     raise ChildError(f"its labels come from {stage.labels_from}, which did not succeed")
                 labels = str(done[stage.labels_from].directory)
         processes = spec.engine.processes
-        threads = max(1, len(os.sched_getaffinity(0)) // processes)
         command = worker_command("prepare", str(directory / "spec.json"), str(directory), labels, processes=processes)
-        variables = environment(threads, target.deepspeed_accelerator)
+        variables = environment(processes, target.deepspeed_accelerator)
         with Child(command, directory / "prepare.log", variables) as child:
             for message in child.messages():
                 if "error" in message:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -81,13 +80,12 @@ class Crew:
 
     def load(self) -> None:
         """Start the workers and let each load its finished model, all at once."""
-        threads = len(os.sched_getaffinity(0))
         wanted = [(a, False) for a in self._artifacts]
         wanted += [(a, True) for a in self._artifacts if a.spec.variant == self.baseline]
         for artifact, control in wanted:
             log = artifact.directory / f"turns{'-control' if control else ''}.log"
             accelerator = make_target(artifact.spec.target).deepspeed_accelerator
-            child = Child(worker_command("turns", str(artifact.directory)), log, environment(threads, accelerator))
+            child = Child(worker_command("turns", str(artifact.directory)), log, environment(1, accelerator))
             self._members.append(Member(artifact.spec.variant, artifact, child, control))
         for answer in self._all("load"):
             self._known = answer["requests"]
