@@ -137,6 +137,7 @@ class DeepSpeedLoop:
             config=deepspeed_config(training, engine, precision, self._world),
         )
         self._optimizer: Any = optimizer
+        self._dtype = next(p.dtype for p in self._engine.module.parameters() if p.is_floating_point())
         self.edit: Edit = DeepSpeedEdit(self._optimizer)
 
     def step(self, batch: Batch, learning_rate: float) -> float:
@@ -144,11 +145,15 @@ class DeepSpeedLoop:
         set_learning_rate(self._optimizer, learning_rate)
         losses = []
         for piece in pieces_of(batch, self._rank, self._world, self._training.gradient_accumulation):
-            loss = self._engine(**{key: value.to(self._device) for key, value in piece.items()}).loss
+            loss = self._engine(**{key: self._placed(value) for key, value in piece.items()}).loss
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
         return self._over_ranks(mean_loss(losses))
+
+    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+        """Move an input to the device; numbers (a regression's labels) take the precision of the model."""
+        return value.to(self._device, self._dtype if value.is_floating_point() else None)
 
     def _over_ranks(self, loss: float) -> float:
         """Average over processes, whose shares of a batch are equal."""

@@ -43,6 +43,7 @@ class GpuTarget(Target):
         """Reset the allocator's peak."""
         import torch
 
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats()
 
     def peak_memory(self) -> int:
