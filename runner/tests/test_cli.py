@@ -68,6 +68,18 @@ def test_bad_input_ends_with_one_message_and_code_2(
     assert "Traceback" not in text
 
 
+def test_results_that_cannot_be_read_are_told_before_anything_runs(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = tmp_path / "out" / "journal"
+    journal.mkdir(parents=True)
+    (journal / "old.json").write_text("{}")
+    code, text = command(monkeypatch, capsys, "bench", str(tiny_file), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "old.json" in text
+    assert "--out" in text
+
+
 def test_list_and_targets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setenv("COLUMNS", "200")

@@ -157,6 +157,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path) -
     [
         ({"task": TaskRef(name="core.tinny")}, "'core.tiny'"),
         ({"target": "gpus"}, "'gpu'"),
+        ({"requests": ("batch2",)}, "'batch1'"),
         ({"stages": (Stage(methods=(MethodSpec(name="krone"),)),)}, "'krona'"),
     ],
 )

@@ -81,6 +81,7 @@ def bench(
     if dry_run:
         console.print(plan(cases))
         return
+    read_journal(out)  # a file that cannot be read is told now, not after hours
     results = run_suite(cases, out, tracking_uri)
     if results:
         from pareto_runner.report import terminal_table
@@ -270,12 +271,23 @@ def run_suite(cases: Sequence[tuple[str, Sequence[RunSpec]]], out: Path, trackin
         return Suite(out, bars, tracker.log).run(cases)
 
 
+def read_journal(out: Path) -> list[Result]:
+    """Read the results under ``out``; raises ParetoError naming a file that is not one, and what to do."""
+    from pareto_core import ParetoError
+    from pareto_runner.journal import Journal
+
+    try:
+        return Journal(out / "journal").read()
+    except ParetoError as error:
+        raise ParetoError(f"{error}; move it away, or choose another folder with --out") from error
+
+
 def write(out: Path, questions: Sequence[Question]) -> Path:
     """Write the report over the newest results of the journal."""
-    from pareto_runner.journal import Journal, latest
+    from pareto_runner.journal import latest
     from pareto_runner.report import write_report
 
-    results = latest(Journal(out / "journal").read())
+    results = latest(read_journal(out))
     return write_report(results, {name: info for q in questions for name, info in infos(q).items()}, out)
 
 

@@ -35,15 +35,10 @@ class ChildError(ParetoError):
 def environment(processes: int = 1, accelerator: str | None = None) -> dict[str, str]:
     """Variables for a child: its threads, no telemetry, no downloads' progress bars, DeepSpeed's accelerator.
 
-    A child that has the machine to itself binds one thread to each CPU that this process may use: unbound ones wander,
-    which makes equal processes differ by more than a percent. Several processes share the CPUs unbound.
+    ``processes`` share the CPUs that this process may use.
     """
-    cpus = sorted(os.sched_getaffinity(0))
-    threads = max(1, len(cpus) // processes)
-    bound = {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(f"{{{cpu}}}" for cpu in cpus)}
     chosen = {
-        **(bound if processes == 1 else {}),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -53,6 +48,16 @@ def environment(processes: int = 1, accelerator: str | None = None) -> dict[str,
     if accelerator:
         chosen["DS_ACCELERATOR"] = accelerator
     return {**os.environ, **chosen}
+
+
+def binding() -> dict[str, str]:
+    """Variables that bind one thread to each CPU that this process may use.
+
+    For a child that computes on the CPU and has it to itself: unbound threads wander, which makes equal processes
+    differ by more than a percent.
+    """
+    places = ",".join(f"{{{cpu}}}" for cpu in sorted(os.sched_getaffinity(0)))
+    return {"OMP_PROC_BIND": "true", "OMP_PLACES": places}
 
 
 def say(message: Mapping[str, Any]) -> None:

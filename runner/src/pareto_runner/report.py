@@ -51,7 +51,8 @@ COSTS = (
 )
 #: figures that are not the task's score
 CONTROL = "control."
-CURVE_POINTS = 80
+#: points of a training curve at the most, and optimizer steps that each averages at the least
+CURVE_POINTS, STEPS_PER_POINT = 80, 8
 SIGNS = {"better": "▲", "worse": "▼", "inconclusive": "≈"}
 LEGEND = (
     "Score: mean over seeds ± half of its 95 % Student interval (three seeds or more), or the extremes (two seeds).",
@@ -551,7 +552,7 @@ def curve_lines(section: Section) -> list[plots.Line]:
         if not curves:
             continue
         last = max(curve[-1][0] for curve in curves)
-        count = min(CURVE_POINTS, min(len(curve) for curve in curves))
+        count = min(CURVE_POINTS, max(2, min(len(curve) for curve in curves) // STEPS_PER_POINT))
         bins: list[list[list[float]]] = [[[] for _ in curves] for _ in range(count)]
         for k, curve in enumerate(curves):
             for step, loss in curve:
@@ -752,7 +753,13 @@ def terminal_table(results: Sequence[Result]) -> TerminalTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = RichTable(title="Results" if results else "No results", title_justify="left", box=box.SIMPLE_HEAD)
+    table = RichTable(
+        title="Results" if results else "No results",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("Variant", overflow="fold", min_width=16)
     for head in ("Seeds", "Score", "Trained", "ms", "×", "Step ms", "×", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pareto_core import Measurement, Method, ModelError, Record, Result, RunSpec, Stage, Target, Task
+from pareto_core import Measurement, Method, ModelError, Record, Result, RunSpec, Stage, Target, Task, UnknownNameError
 from pareto_core.cache import write_json
 from pareto_core.weights import check_finite, freeze, parameter_counts, weight_bytes
 from pareto_runner import discover
@@ -68,6 +68,7 @@ def prepare(spec: RunSpec, directory: Path, labels: Path | None = None, on_step:
     with phases("prepare"):
         seed_everything(spec.seed)
         revision = task.data_revision()
+        check_requests(spec, task)
         stage_task = task if labels is None else relabelled(task, labels)
     phases.start_from_here()
     with phases("build"):
@@ -230,6 +231,14 @@ class Phases:
             peak = (self._peaks["train"] - self._base) / MIB
             found.append(Measurement(name="train_peak_mib", value=peak, unit="MiB"))
         return [*self._others.values(), *found]
+
+
+def check_requests(spec: RunSpec, task: Task) -> None:
+    """Raise UnknownNameError where the specification asks for a request that the task does not have."""
+    known = task.requests()
+    for name in spec.requests:
+        if name not in known:
+            raise UnknownNameError(f"request of {task.name}", name, known)
 
 
 def keep_teachers(stages: Sequence[Stage], name: str, model: Any) -> dict[str, Any]:

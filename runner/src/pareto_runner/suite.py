@@ -16,7 +16,7 @@ from typing import Protocol
 from pareto_core import Result, RunSpec
 from pareto_core.cache import write_json
 from pareto_runner.discover import make_target
-from pareto_runner.isolate import Child, ChildError, environment, worker_command
+from pareto_runner.isolate import Child, ChildError, binding, environment, worker_command
 from pareto_runner.journal import Journal
 from pareto_runner.machine import context, machine
 from pareto_runner.run import Artifact, measure
@@ -106,6 +106,8 @@ class Suite:
         processes = spec.engine.processes
         command = worker_command("prepare", str(directory / "spec.json"), str(directory), labels, processes=processes)
         variables = environment(processes, target.deepspeed_accelerator)
+        if processes == 1 and target.device == "cpu":
+            variables |= binding()
         with Child(command, directory / "prepare.log", variables) as child:
             for message in child.messages():
                 if "error" in message:

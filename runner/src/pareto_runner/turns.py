@@ -15,7 +15,7 @@ import numpy as np
 from pareto_core import Comparison, Measurement, Result
 from pareto_runner.compare import paired_ratio
 from pareto_runner.discover import make_target
-from pareto_runner.isolate import Child, ChildError, environment, worker_command
+from pareto_runner.isolate import Child, ChildError, binding, environment, worker_command
 from pareto_runner.run import Artifact
 
 #: seconds of timed calls in one turn
@@ -84,8 +84,9 @@ class Crew:
         wanted += [(a, True) for a in self._artifacts if a.spec.variant == self.baseline]
         for artifact, control in wanted:
             log = artifact.directory / f"turns{'-control' if control else ''}.log"
-            accelerator = make_target(artifact.spec.target).deepspeed_accelerator
-            child = Child(worker_command("turns", str(artifact.directory)), log, environment(1, accelerator))
+            target = make_target(artifact.spec.target)
+            variables = environment(1, target.deepspeed_accelerator) | (binding() if target.device == "cpu" else {})
+            child = Child(worker_command("turns", str(artifact.directory)), log, variables)
             self._members.append(Member(artifact.spec.variant, artifact, child, control))
         for answer in self._all("load"):
             self._known = answer["requests"]
