@@ -16,8 +16,8 @@ from rich.console import Console
 from scipy import stats
 
 from pareto_core import DataError, Measurement, Result
-from pareto_runner import report
-from pareto_runner.report import QuestionInfo, Reference
+from pareto_runner import report, sections, tables, wording
+from pareto_runner.sections import QuestionInfo, Reference
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("samples.py")))
 ok, failed, suite, compare = (SAMPLES[name] for name in ("ok", "failed", "suite", "compare"))
@@ -38,40 +38,40 @@ INFO = QuestionInfo(
 )
 
 
-def section(results: list[Result], info: QuestionInfo = INFO) -> report.Section:
-    (only,) = report.make_sections(results, {NAME: info})
+def section(results: list[Result], info: QuestionInfo = INFO) -> sections.Section:
+    (only,) = sections.make_sections(results, {NAME: info})
     return only
 
 
-def row(results: list[Result], variant: str) -> dict[str, report.Cell]:
+def row(results: list[Result], variant: str) -> dict[str, tables.Cell]:
     """Cells of a variant's row by head."""
-    table = report.results_table(section(results))
+    table = tables.results_table(section(results))
     found = next(cells for cells in table.rows if cells[0].text == variant)
     return dict(zip(table.heads, found, strict=False))
 
 
 def test_student_quantiles_are_scipys() -> None:
     exact = [round(float(stats.t.ppf(0.975, degrees)), 3) for degrees in range(1, 31)]
-    assert list(report.STUDENT) == exact
+    assert list(sections.STUDENT) == exact
 
 
 def test_score_of_several_seeds() -> None:
-    assert report.combine_score([70.0]) == (70.0, None, None)
-    assert report.combine_score([70.0, 72.0]) == (71.0, 70.0, 72.0)
-    mean, low, high = report.combine_score([70.0, 71.0, 72.0])
+    assert sections.combine_score([70.0]) == (70.0, None, None)
+    assert sections.combine_score([70.0, 72.0]) == (71.0, 70.0, 72.0)
+    mean, low, high = sections.combine_score([70.0, 71.0, 72.0])
     assert mean == 71.0
     assert high == pytest.approx(71 + 4.303 / math.sqrt(3), abs=1e-9)  # standard deviation 1
     assert low == pytest.approx(71 - 4.303 / math.sqrt(3), abs=1e-9)
     many = [float(i % 7) for i in range(50)]
-    half = report.combine_score(many)[2] - report.combine_score(many)[0]
+    half = sections.combine_score(many)[2] - sections.combine_score(many)[0]
     assert half == pytest.approx(stats.t.ppf(0.975, 49) * stats.sem(many), rel=2e-3)
 
 
 def test_ratios_of_several_seeds_are_combined_conservatively() -> None:
-    both = report.combine_ratio([compare("x", 0.8, 0.05), compare("x", 0.9, 0.05)])
+    both = sections.combine_ratio([compare("x", 0.8, 0.05), compare("x", 0.9, 0.05)])
     assert both.ratio == pytest.approx(math.sqrt(0.72))
     assert (both.low, both.high, both.verdict) == (0.75, pytest.approx(0.95), "better")
-    split = report.combine_ratio([compare("x", 0.9, 0.05), compare("x", 0.98, 0.05)])
+    split = sections.combine_ratio([compare("x", 0.9, 0.05), compare("x", 0.98, 0.05)])
     assert split.verdict == "inconclusive"
 
 
@@ -80,7 +80,7 @@ def test_a_row_by_hand() -> None:
     # accuracies 68.4, 68.8, 69.2: standard deviation 0.4, half width 4.303 * 0.4 / sqrt(3) = 0.99
     assert cells["Accuracy (%)"].text == "68.8 ± 1.0"
     assert cells["Variant"].spread == "3 seeds"
-    assert cells["Trainable parameters"] == report.Cell("17,001", spread="0.0749 %")
+    assert cells["Trainable parameters"] == tables.Cell("17,001", spread="0.0749 %")
     latency = cells["Latency, batch 1 (ms)"]
     # latencies 4.008, 4.028, 4.048, each with p10 = 0.97 and p90 = 1.06 of it
     assert (latency.text, latency.spread) == ("4.03", "3.91–4.27")
@@ -95,41 +95,41 @@ def test_a_row_by_hand() -> None:
 
 
 def test_the_baseline_comes_first_and_is_marked() -> None:
-    table = report.results_table(section(list(reversed(suite(1)))))
-    assert table.rows[0][0] == report.Cell("Full fine-tuning", spread="1 seed", mark="baseline")
+    table = tables.results_table(section(list(reversed(suite(1)))))
+    assert table.rows[0][0] == tables.Cell("Full fine-tuning", spread="1 seed", mark="baseline")
 
 
 def test_one_and_two_seeds_say_what_their_interval_is() -> None:
-    assert row(suite(1), "LoRA r=1")["Accuracy (%)"] == report.Cell("67.5")
-    assert row(suite(2), "LoRA r=1")["Accuracy (%)"] == report.Cell("67.7", spread="67.5–67.9")
+    assert row(suite(1), "LoRA r=1")["Accuracy (%)"] == tables.Cell("67.5")
+    assert row(suite(2), "LoRA r=1")["Accuracy (%)"] == tables.Cell("67.7", spread="67.5–67.9")
     assert "one seed (0)" in section(suite(1)).facts
 
 
 def test_failed_seeds_are_counted_and_failed_variants_keep_their_row() -> None:
     results = [*suite(3), failed("LoRA r=1", "out of memory", 3), failed("KronA (7, 5)", "7 does not divide 384")]
     assert row(results, "LoRA r=1")["Variant"].spread == "3 of 4 seeds"
-    assert row(results, "KronA (7, 5)")["Accuracy (%)"] == report.Cell("7 does not divide 384", mark="failed")
+    assert row(results, "KronA (7, 5)")["Accuracy (%)"] == tables.Cell("7 does not divide 384", mark="failed")
 
 
 def test_a_run_that_knew_no_machine_joins_the_section_that_it_fits() -> None:
     early = dataclasses.replace(failed("KronA (7, 5)", "refused"), machine={})
-    assert len(report.make_sections([early, *suite(1)], {})) == 1
+    assert len(sections.make_sections([early, *suite(1)], {})) == 1
     other = dataclasses.replace(ok("LoRA r=1", 5), machine={"cpu": "Another CPU"})
-    assert len(report.make_sections([early, *suite(1), other], {})) == 2
+    assert len(sections.make_sections([early, *suite(1), other], {})) == 2
 
 
 def test_other_targets_and_data_have_sections_of_their_own() -> None:
     tpu = failed("LoRA r=1", "no TPU", status="unsupported", target="tpu")
     other = dataclasses.replace(ok("LoRA r=1"), data={"corpus": "another"})
-    slugs = [part.slug for part in report.make_sections([*suite(1), tpu], {})]
+    slugs = [part.slug for part in sections.make_sections([*suite(1), tpu], {})]
     assert slugs == ["adapters-krona-vs-lora", "adapters-krona-vs-lora-smoke-tpu"]
-    slugs = [part.slug for part in report.make_sections([*suite(1), other], {})]
+    slugs = [part.slug for part in sections.make_sections([*suite(1), other], {})]
     assert slugs == ["adapters-krona-vs-lora-smoke-xeon", "adapters-krona-vs-lora-smoke-xeon-2"]
 
 
 def test_a_rival_beside_the_baseline_has_a_line_and_leaves_the_ratio_alone() -> None:
-    [section] = report.make_sections(suite(1), {})
-    assert report.rivalries(section) == [
+    [section] = sections.make_sections(suite(1), {})
+    assert tables.rivalries(section) == [
         "train step: KronA (24, 16) against LoRA r=1 ×1.030 [1.020, 1.040], higher",
     ]
     krona = next(r for r in section.rows if r.variant == "KronA (24, 16)")
@@ -145,7 +145,7 @@ def test_the_score_is_the_one_that_the_result_names() -> None:
             Measurement(name="matthews", value=62.13, unit="%"),
         ),
     )
-    assert report.find_metric([result]) == "matthews"
+    assert sections.find_metric([result]) == "matthews"
     assert row([result], "LoRA r=1")["Matthews (%)"].text == "62.1"
 
 
@@ -160,20 +160,20 @@ def test_compiled_figures_and_synthetic_data_are_marked() -> None:
 
 
 def test_the_papers_table_stands_beside_ours() -> None:
-    table = report.reference_table(section(suite(3)), TABLE_46)
+    table = tables.reference_table(section(suite(3)), TABLE_46)
     assert table.heads[:3] == ("Method", "Inference latency (%)", "Training time (%)")
     tuning, krona, adapter = (dict(zip(table.heads, cells, strict=True)) for cells in table.rows)
     assert (krona["Training time (%)"].text, krona["Ours: train step ×"].text) == ("75", "0.764")
-    assert krona["Method"] == report.Cell("KronA", spread="KronA (24, 16)")
+    assert krona["Method"] == tables.Cell("KronA", spread="KronA (24, 16)")
     assert krona["Ours: accuracy"].text == "68.8 ± 1.0"
     assert (tuning["Ours: train step ×"].text, tuning["Ours: train step ×"].spread) == ("1", "baseline")
     assert (adapter["Training time (%)"].text, adapter["Ours: accuracy"].text) == ("–", "–")
 
 
 def test_numbers() -> None:
-    shown = [report.number(value) for value in (1234567.0, 100.4, 99.96, 99.94, 10.04, 9.996, 1.234, 0.01234, 5.0)]
+    shown = [wording.number(value) for value in (1234567.0, 100.4, 99.96, 99.94, 10.04, 9.996, 1.234, 0.01234, 5.0)]
     assert shown == ["1,234,567", "100", "100", "99.9", "10.0", "10.0", "1.23", "0.0123", "5"]
-    assert report.number(71.26, "%") == "71.3"
+    assert wording.number(71.26, "%") == "71.3"
 
 
 class Page(HTMLParser):

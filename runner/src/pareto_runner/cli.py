@@ -293,7 +293,7 @@ def write(out: Path, questions: Sequence[Question]) -> Path:
 
 def infos(question: Question) -> dict[str, object]:
     """What the report says about a question, for itself and each case of its profiles."""
-    from pareto_runner.report import QuestionInfo, Reference
+    from pareto_runner.sections import QuestionInfo, Reference
 
     content = question.content
     references = tuple(

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pareto_core import ParetoError, Result
-from pareto_runner.report import find_metric
+from pareto_runner.sections import find_metric
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
