@@ -200,7 +200,7 @@ def answer_turns(directory: str) -> None:
 def failure(error: Exception) -> dict[str, str]:
     """Describe an error for the parent; the traceback of one that nobody foresaw goes to the log."""
     if not isinstance(error, ParetoError):
-        traceback.print_exc()
+        traceback.print_exception(error)
         return {"error": f"{type(error).__name__}: {error}", "kind": "failed"}
     return {"error": str(error), "kind": "unsupported" if isinstance(error, UnsupportedError) else "failed"}
 
