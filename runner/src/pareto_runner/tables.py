@@ -15,7 +15,6 @@ COSTS = (
     ("latency_ms.", "Latency", "ms"),
     ("first_token_ms.", "First token", "ms"),
     ("next_token_ms.", "Next token", "ms"),
-    ("throughput.", "Throughput", "items/s"),
     ("train_step_ms", "Training step", "ms"),
     ("train_peak_mib", "Training peak memory", "MiB"),
     ("inference_peak_mib", "Inference peak memory", "MiB"),
