@@ -16,6 +16,8 @@ from typing import Any
 
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "numpy")
+#: CPUs that this process may use, taken before OpenMP binds its first thread to one of them
+CPUS = len(os.sched_getaffinity(0))
 PACKAGES = ("pareto_core", "pareto_adapters", "pareto_runner")
 
 
@@ -65,7 +67,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_model(),
         "isa": isa_flags(),
         "cores": os.cpu_count(),
-        "affinity": len(os.sched_getaffinity(0)),
+        "affinity": CPUS,
         "memory_gib": round(memory_kib / 2**20, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),

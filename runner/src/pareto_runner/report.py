@@ -315,16 +315,18 @@ def terminal_table(results: Sequence[Result]) -> TerminalTable:
         padding=(0, 1, 0, 0),
     )
     table.add_column("Variant", overflow="fold", min_width=16)
-    for head in ("Seeds", "Score", "Trained", "ms", "×", "Step ms", "×", "MiB"):
+    for head in ("Score", "Trained", "ms", "×", "Step ms", "×", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     notes = Text()
     for section in make_sections(results, {}):
         for row in section.rows:
-            texts = [row.variant, row.seeds.removesuffix("s").removesuffix(" seed"), *_terminal_cells(section, row)]
+            texts = [row.variant, *_terminal_cells(section, row)]
             table.add_row(*(Text(plots.clean(text, 60)) for text in texts))
             for status, reason in row.problems:
                 notes.append(plots.clean(f"{row.variant} {status}: {reason}", 200) + "\n")
-        notes.append(plots.clean(f"{section.title}: {section.machine}", 200) + "\n")
+        seeds = len({result.spec.seed for result in section.results})
+        note = f"{section.title}: {section.machine}, {seeds} seed{'s' if seeds > 1 else ''}"
+        notes.append(plots.clean(note, 200) + "\n")
         table.add_section()
     table.caption, table.caption_justify = notes, "left"
     return table

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from pareto_core import Probe, Request, Target
-from pareto_runner.machine import cpu_model, isa_flags
+from pareto_runner.machine import CPUS, cpu_model, isa_flags
 from pareto_runner.memory import peak_host_bytes, reset_host_peak
 from pareto_runner.targets.calls import make_call
 
@@ -27,7 +26,7 @@ class XeonTarget(Target):
             return Probe(False, f"needs Linux (this is {platform.system()}): peaks are read from /proc")
         if platform.machine() not in ("x86_64", "AMD64"):
             return Probe(False, f"needs an x86-64 processor (this is {platform.machine()})")
-        return Probe(True, f"{cpu_model()}, {len(os.sched_getaffinity(0))} CPUs")
+        return Probe(True, f"{cpu_model()}, {CPUS} CPUs")
 
     def prepare(self, model: Any, request: Request) -> Callable[[], Any]:
         """Leave everything in host memory."""
@@ -49,7 +48,7 @@ class XeonTarget(Target):
         return {
             "cpu": cpu_model(),
             "isa": " ".join(isa_flags()),
-            "cpus": str(len(os.sched_getaffinity(0))),
+            "cpus": str(CPUS),
         }
 
 
