@@ -291,7 +291,7 @@ def shown(results: list[Result]) -> str:
 def test_the_terminal_table() -> None:
     text = shown([*suite(3), failed("[bold]x[/]", "it broke [/red]")])
     line = next(line for line in text.splitlines() if "KronA (24, 16)" in line)
-    assert " ".join(line.split()) == "KronA (24, 16) 68.8 ± 1.0 17,001 4.03 ×1.003 ≈ 139 ×0.764 ▲ 708"
+    assert " ".join(line.split()) == "KronA (24, 16) 68.8 ± 1.0 0.0749 % 4.03 ×1.003 ≈ 139 ×0.764 ▲ 708"
     assert "[bold]x[/] failed: it broke [/red]" in text
     assert "Platinum 8481C" in text
     assert "No results" in shown([])

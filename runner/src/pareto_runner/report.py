@@ -315,7 +315,7 @@ def terminal_table(results: Sequence[Result]) -> TerminalTable:
         padding=(0, 1, 0, 0),
     )
     table.add_column("Variant", overflow="fold", min_width=16)
-    for head in ("Score", "Trained", "ms", "×", "Step ms", "×", "MiB"):
+    for head in ("Score", "Trained", "ms", "×", "Step", "×", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     notes = Text()
     for section in make_sections(results, {}):
@@ -338,7 +338,7 @@ def _terminal_cells(section: Section, row: Row) -> list[str]:
         return [row.problems[0][0]]
     names = [name for name, _ in columns(section)]
     speed = next((name for name in names if name.startswith(("latency_ms", "next_token_ms"))), "")
-    texts = [figure_cell(row, section.metric, is_score=True).text, parameters_cell(row).text]
+    texts = [figure_cell(row, section.metric, is_score=True).text, parameters_cell(row).spread]
     for name in (speed, "train_step_ms"):
         cell = figure_cell(row, name)
         texts += [cell.text, f"{cell.ratio.split()[0]} {SIGNS[cell.verdict]}" if cell.ratio else ""]
