@@ -22,16 +22,12 @@ def command(
     return ended.value.code, captured.out + captured.err
 
 
-@pytest.mark.parametrize(("text", "seeds"), [("3", (0, 1, 2)), ("0,7,42", (0, 7, 42)), ("5,", None), (None, None)])
+@pytest.mark.parametrize(("text", "seeds"), [("3", (0, 1, 2)), ("0,7,42", (0, 7, 42)), ("5,", (5,)), (None, None)])
 def test_seeds(text: str | None, seeds: tuple[int, ...] | None) -> None:
-    if text == "5,":
-        with pytest.raises(ConfigError):
-            parse_seeds(text)
-    else:
-        assert parse_seeds(text) == seeds
+    assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1,1", "x", "", "1,-2"])
+@pytest.mark.parametrize("text", ["0", "-1", "1,1", "x", "", "1,-2", ",", "1,,"])
 def test_bad_seeds_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="count"):
         parse_seeds(text)

@@ -39,7 +39,9 @@ Names = Annotated[
 ]
 Target = Annotated[str, typer.Option(help="Hardware: xeon, gpu or tpu (see `pareto targets`).")]
 Profile = Annotated[str, typer.Option(help="How much to run; every file has smoke and full (see `pareto list`).")]
-Seeds = Annotated[str | None, typer.Option(help="Seeds to run instead of the profile's: 3 means 0,1,2; or 0,7,42.")]
+Seeds = Annotated[
+    str | None, typer.Option(help="Seeds to run instead of the profile's: 3 means 0,1,2; or 0,7,42; or 7, for one.")
+]
 Only = Annotated[str | None, typer.Option(help="Run the variants whose name contains this, or matches it (*, ?).")]
 Cases = Annotated[
     list[str] | None, typer.Option("--case", help="Run these cases of a profile that has several (repeatable).")
@@ -157,12 +159,12 @@ def parse_seeds(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.removesuffix(",").split(","))
     except ValueError:
         numbers = ()
     chosen = numbers if "," in text or not numbers else tuple(range(numbers[0]))
     if not chosen or min(chosen) < 0 or len(set(chosen)) != len(chosen):
-        raise ConfigError("command line", "--seeds", text, "give a count (3) or distinct seeds (0,7,42)")
+        raise ConfigError("command line", "--seeds", text, "give a count (3) or distinct seeds (0,7,42; one: 7,)")
     return chosen
 
 

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 #: measurements that stay in result.json: MLflow's tables are for what one compares
-LEFT_OUT = {"time_s.build", "time_s.finish", "finish_difference", "total_parameters"}
+LEFT_OUT = {
+    *("time_s.build", "time_s.finish", "finish_difference", "total_parameters", "idle_mib", "train_step_alone_ms"),
+}
 #: what one request to the store may hold
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
@@ -254,7 +256,7 @@ def run_name(result: Result) -> str:
 def run_metrics(result: Result) -> dict[str, float]:
     """The figures to compare by; what a compiler computed has ``compiled.`` before its name."""
     metrics = {}
-    for item in result.measurements:
+    for item in sorted(result.measurements, key=lambda item: item.name != result.metric):
         if item.name not in LEFT_OUT:
             metrics[_key(item.name if item.kind == "measured" else f"compiled.{item.name}")] = item.value
     for ratio in result.comparisons:
