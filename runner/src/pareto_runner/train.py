@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pareto_core import Batch, Edit, Engine, Method, Task, Training, TrainingError, UnsupportedError
+from pareto_core.cache import cache_directory
 from pareto_core.edit import LocalEdit
 
 if TYPE_CHECKING:
@@ -64,6 +67,9 @@ def init_deepspeed(accelerator: str) -> None:
     Raises UnsupportedError where the op cannot be built, with the build's own words.
     """
     os.environ["DS_ACCELERATOR"] = accelerator
+    # One folder per environment: environments that share one compile it anew each time they take turns.
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_directory() / "extensions" / environment))
     if "MASTER_ADDR" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
