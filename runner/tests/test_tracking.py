@@ -152,10 +152,10 @@ def test_where_results_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_the_ui_binds_to_loopback_with_telemetry_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     monkeypatch.setenv("DO_NOT_TRACK", "false")
-    command = tracking.ui_command("sqlite:////tmp/a/mlflow.db", 5123)
+    command = tracking.ui_command("sqlite:////srv/pareto/mlflow.db", 5123)
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--port") + 1] == "5123"
-    assert command[command.index("--artifacts-destination") + 1] == "/tmp/a/mlartifacts"
+    assert command[command.index("--artifacts-destination") + 1] == "/srv/pareto/mlartifacts"
     assert (os.environ["MLFLOW_DISABLE_TELEMETRY"], os.environ["DO_NOT_TRACK"]) == ("true", "true")
 
 
