@@ -205,10 +205,13 @@ class TextClassification(Task):
             for start in range(0, len(order), 64):
                 chunk = order[start : start + 64]
                 batch = {key: value.to(device) for key, value in self.collate(split, chunk).items()}
-                logits = model(**batch).logits.float().cpu()
-                for i, row in zip(chunk, logits, strict=True):
-                    found[i] = self._record(examples[i], row)
+                found.update(zip(chunk, self.batch_records(model, batch, [examples[i] for i in chunk]), strict=True))
         return [found[i] for i in range(len(examples))]
+
+    def batch_records(self, model: Any, batch: Batch, examples: Sequence[Example]) -> list[Record]:
+        """Run ``model`` on one collated batch, already on its device: one record per example."""
+        logits = model(**batch).logits.float().cpu()
+        return [self._record(example, row) for example, row in zip(examples, logits, strict=True)]
 
     def _record(self, example: Example, logits: torch.Tensor) -> Record:
         if not self.labels:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pareto_core.backbones import from_pretrained
-from pareto_core.task import Record, Request, Split, TaskSpec
+from pareto_core.task import Batch, Record, Request, TaskSpec
 from pareto_core.tasks.classification import Example, TextClassification
 
 if TYPE_CHECKING:
@@ -101,27 +101,18 @@ class TextToText(TextClassification):
         """Tokens of the longest target, its end mark included."""
         return max(map(len, self._target_tokens.values()))
 
-    def records(self, model: Any, split: Split) -> list[Record]:
-        """One record per item in the split's order; ``text`` is what was generated, where labels are."""
+    def batch_records(self, model: Any, batch: Batch, examples: Sequence[Example]) -> list[Record]:
+        """One record per example; ``text`` is what was generated, where labels are."""
         if not self.answers_in_words:
-            return super().records(model, split)
-        import torch
-
-        encoded, examples = self.encoded(split), self.split(split)
-        order = sorted(range(len(examples)), key=lambda i: len(encoded[i]["input_ids"]))
-        device = next((p.device for p in model.parameters()), "cpu") if hasattr(model, "parameters") else "cpu"
-        found: dict[int, Record] = {}
-        with torch.inference_mode():
-            for start in range(0, len(order), 64):
-                chunk = order[start : start + 64]
-                batch = {key: value.to(device) for key, value in self.collate(split, chunk).items()}
-                nats = label_log_probabilities(model(**batch).logits, batch.pop("labels")).tolist()
-                tokens = model.generate(**batch, max_new_tokens=self.new_tokens, do_sample=False, num_beams=1)
-                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                for i, text, log_probability in zip(chunk, map(str.strip, texts), nats, strict=True):
-                    example = examples[i]
-                    found[i] = Record(example.id, self.parse(text), example.label, log_probability, text)
-        return [found[i] for i in range(len(examples))]
+            return super().batch_records(model, batch, examples)
+        nats = label_log_probabilities(model(**batch).logits, batch["labels"]).tolist()
+        prompts = {key: value for key, value in batch.items() if key != "labels"}
+        tokens = model.generate(**prompts, max_new_tokens=self.new_tokens, do_sample=False, num_beams=1)
+        texts = map(str.strip, self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        return [
+            Record(example.id, self.parse(text), example.label, log_probability, text)
+            for example, text, log_probability in zip(examples, texts, nats, strict=True)
+        ]
 
     def requests(self) -> dict[str, Request]:
         """As for any text classification, and ``generate``: one text of median length to as many tokens as a label has.
