@@ -1,51 +1,149 @@
-"""Results as JSON files, written whole or not at all, before anything else sees them."""
+"""Results as JSON files, each written whole or not at all, before anything else sees them.
+
+A file's name carries the order in which it was written, never a time, for clocks step back. A result whose journal
+cannot be written (disk full, directory made read-only) is rescued into the cache or the temporary directory, and
+:meth:`Journal.adopt` brings it home.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from pareto_core import ParetoError, Result
-from pareto_core.cache import write_json
+from pareto_core import ParetoError, Result, RunSpec
+from pareto_core.cache import cache_directory, write_json
+
+NAME = re.compile(r"(\d{6,})-.*\.json")
+
+
+class JournalError(ParetoError):
+    """A result could be stored nowhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A result and the file that holds it; ``number`` grows with each one written."""
+
+    path: Path
+    number: int
+    result: Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Damaged:
+    """A file of the journal that is not a result, and why."""
+
+    path: Path
+    reason: str
 
 
 class Journal:
-    """A directory with one JSON file per result, named by its question, variant, seed and key."""
+    """A directory with one JSON file per result, named by its number, question, variant, seed, target and key."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def write(self, result: Result) -> Path:
-        """Store ``result``; an earlier one with the same key is replaced."""
-        spec = result.spec
-        words = f"{spec.question}-{spec.variant}-{spec.seed}-{spec.target}"
-        slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-        path = self.directory / f"{slug}-{key(result)}.json"
-        write_json(path, result.to_json())
-        return path
+        """Store ``result`` under the next number and return the file, which lies elsewhere where this directory fails.
+
+        Raises JournalError where it could be stored nowhere.
+        """
+        problems = []
+        for directory in (self.directory, *self._shelters()):
+            try:
+                return Journal(directory)._append(result)
+            except OSError as error:
+                problems.append(f"{directory}: {error.strerror or error}")
+        raise JournalError(f"{name_of(result.spec)} could not be stored: {'; '.join(problems)}")
+
+    def entries(self) -> list[Entry]:
+        """Every result, in the order of writing; files that hold none are left out (see :meth:`damaged`)."""
+        return [found for found in self._scan() if isinstance(found, Entry)]
+
+    def damaged(self) -> list[Damaged]:
+        """The files that hold no result of this version."""
+        return [found for found in self._scan() if isinstance(found, Damaged)]
 
     def read(self) -> list[Result]:
-        """Return every result, oldest first; raises ParetoError naming a file that is not one."""
-        results = []
-        for path in sorted(self.directory.glob("*.json")):
+        """Every result, in the order of writing."""
+        return [entry.result for entry in self.entries()]
+
+    def set_aside(self) -> list[Damaged]:
+        """Rename damaged files so that they are not met again, and return them as they were."""
+        found = self.damaged()
+        for item in found:
+            os.replace(item.path, item.path.with_name(item.path.name + ".damaged"))
+        return found
+
+    def adopt(self) -> list[Path]:
+        """Move results that had to be stored elsewhere into this directory; returns their new files."""
+        adopted = []
+        for shelter in self._shelters():
+            for entry in Journal(shelter).entries():
+                if entry.result not in self.read():  # an adoption that was cut short moved it already
+                    adopted.append(self._append(entry.result))
+                entry.path.unlink()
+        return adopted
+
+    def _append(self, result: Result) -> Path:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with locked(self.directory / ".lock"):
+            number = 1 + max((_number(path) for path in self.directory.iterdir()), default=0)
+            slug = re.sub(r"[^a-z0-9]+", "-", name_of(result.spec).lower()).strip("-")[:150]
+            path = self.directory / f"{number:06d}-{slug}-{result.key or 'nokey'}.json"
+            write_json(path, result.to_json())
+        return path
+
+    def _scan(self) -> Iterator[Entry | Damaged]:
+        for path in sorted(self.directory.glob("*.json"), key=lambda path: (_number(path), path.name)):
             try:
-                results.append(Result.from_json(json.loads(path.read_text())))
-            except (ValueError, ParetoError) as error:
-                raise ParetoError(f"{path} is not a result of this version: {error}") from error
-        return sorted(results, key=lambda r: str(r.context.get("time", "")))
+                yield Entry(path, _number(path), Result.from_json(json.loads(path.read_text(encoding="utf-8"))))
+            except (ValueError, RecursionError, ParetoError) as error:
+                yield Damaged(path, f"not a result of this version: {str(error) or type(error).__name__}"[:300])
+            except OSError as error:
+                yield Damaged(path, f"cannot be read: {error.strerror}")
+
+    def _shelters(self) -> Iterator[Path]:
+        own = hashlib.sha256(str(self.directory.absolute()).encode()).hexdigest()[:12]
+        yield cache_directory() / "rescued" / own
+        yield Path(tempfile.gettempdir()) / f"pareto-rescued-{os.getuid()}" / own
 
 
-def key(result: Result) -> str:
-    """Hash of what decides a result: specification, code, data and machine; 12 hexadecimal digits."""
-    parts = (result.spec.to_json(), result.context.get("code"), result.data, result.machine)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+def _number(path: Path) -> int:
+    match = NAME.fullmatch(path.name.removesuffix(".damaged"))
+    return int(match[1]) if match else 0
+
+
+def name_of(spec: RunSpec) -> str:
+    """What a person calls a run: question, variant, seed and target."""
+    return f"{spec.question} {spec.variant} {spec.seed} {spec.target}"
+
+
+def content_key(spec: RunSpec, code: str, lock: str, data: Mapping[str, str], machine: Mapping[str, Any]) -> str:
+    """Hash of all that decides a result; 16 hexadecimal digits. What has the same key need not run again."""
+    parts = (spec.to_json(), code, lock, dict(data), dict(machine))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path``; it is free again when this process ends, however it ends."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def latest(results: Iterable[Result]) -> list[Result]:
-    """Keep the newest result of each question, variant, seed and target, in the order of first appearance."""
+    """Keep the last result of each question, variant, seed, target and profile, in the order of first appearance."""
     kept: dict[tuple[str, str, int, str, str], Result] = {}
     for result in results:
         spec = result.spec

@@ -11,7 +11,7 @@ from pareto_core.errors import (
     UnsupportedError,
 )
 from pareto_core.method import Deployed, Edit, Method, Paper
-from pareto_core.result import Comparison, Measurement, Result
+from pareto_core.result import Comparison, Difference, Measurement, Result
 from pareto_core.spec import Budget, Engine, MethodSpec, RunSpec, Stage, TaskRef, Training
 from pareto_core.target import Probe, Target
 from pareto_core.task import Batch, Metric, Protocol, Record, Request, Split, Task, TaskSpec
@@ -24,6 +24,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Deployed",
+    "Difference",
     "Edit",
     "Engine",
     "Measurement",
