@@ -59,12 +59,22 @@ BAD = {
     "variants empty": (GOOD[GOOD.index("[[variants]]") : GOOD.index("[profiles.smoke]")], "", ["variants", "required"]),
     "variants not a list": ("[[variants]]\nname = \"Full\"", "[variants]\nname = \"Full\"", ["is not TOML"]),
     "variant without name": ('[[variants]]\nname = "Full"', "[[variants]]", ["variants[0].name", "required"]),
+    "variant without a printable name": ('name = "KronA"\n', 'name = "\\u001b"\n', ["variants[1].name", "x1b"]),
+    "variant with a blank name": ('name = "KronA"\n', 'name = " "\n', ["variants[1].name", "1 to 100 printable"]),
+    "profile without a printable name": ("[profiles.two]", '[profiles."a\\nb"]', ["profiles.a", "1 to 100 printable"]),
+    "case with a long name": ('name = "long"', f'name = "{"x" * 101}"', ["profiles.two.cases[1].name", "1 to 100"]),
     "two variants alike": ('name = "KronA"\n', 'name = "Full"\n', ["two variants", "'Full'"]),
     "stages missing": ('stages = [[{ method = "full" }]]', "", ["variants[0].stages", "required"]),
     "stages empty": ('stages = [[{ method = "full" }]]', "stages = []", ["variants[0].stages", "at least 1"]),
     "stage empty": ('stages = [[{ method = "full" }]]', "stages = [[]]", ["variants[0].stages[0]", "at least 1"]),
     "stages a text": ('stages = [[{ method = "full" }]]', 'stages = "full"', ["variants[0].stages", "list", "'full'"]),
     "unknown method": ('method = "full"', 'method = "ful"', ["ful", "'full'", "krona"]),
+    "method name a list": ('method = "krona"', 'method = ["krona"]', ["stages[0][0].method", "['krona']"]),
+    "method field a date": ("[8, 6]", "2024-01-01", ["a_shape", "2024"]),
+    "integer past 64 bits": ("[8, 6]", f"[8, 0x{'f' * 5000}]", ["a_shape[1]", "2^63"]),
+    "integer of 5000 digits": ("[8, 6]", f"[8, {'9' * 5000}]", ["is not TOML", "4300 digits"]),
+    "deep table": ("a_shape", f"a_shape{'.k' * 50}", ["a_shape.k.k", "32 levels"]),
+    "line breaks in a key": ("a_shape", '"a\\nb"', ["a\\nb", "a_shape"]),
     "method without name": ('{ method = "full" }', "{ r = 1 }", ["stages[0][0].method", "krona"]),
     "unknown method field": ("a_shape", "a_shap", ["a_shap", "'a_shape'"]),
     "method field type": ("[8, 6]", '"8x6"', ["a_shape", "'8x6'", "a list of 2"]),
@@ -82,8 +92,10 @@ BAD = {
     "profile key": ("seeds = [0, 1]", "seed = [0, 1]", ["profiles.smoke", "no such key 'seed'", "'seeds'"]),
     "seeds empty": ("seeds = [0, 1]", "seeds = []", ["seeds", "at least one"]),
     "seeds twice": ("seeds = [0, 1]", "seeds = [1, 1]", ["seeds", "twice"]),
+    "seeds huge": ("seeds = [0, 1]", "seeds = [0, 4294967296]", ["seeds", "none", "above 4294967295"]),
     "seeds type": ("seeds = [0, 1]", 'seeds = ["0"]', ["seeds[0]", "integer"]),
     "steps": ("max_steps = 3", "max_steps = 0", ["max_steps", "above 0"]),
+    "two cases alike": ('name = "long"', 'name = "short"', ["two cases", "'two'", "'short'"]),
     "case without name": ('name = "short"', "", ["profiles.two.cases[0].name", "required"]),
     "override of no variant": ("variants = { KronA", "variants = { Krone", ["Krone", "'KronA'"]),
 }  # fmt: skip
@@ -157,16 +169,18 @@ def test_there_are_at_least_thirty_bad_files() -> None:
     assert len(BAD) >= 30
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"\xff\xfe\x00", "UTF-8"), (b"", "required"), (b"[" * 5000, "is not TOML"), (None, "cannot be read")],
-)
-def test_files_that_are_no_text(content: bytes | None, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "q.toml"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(BenchmarkFileError, match=words):
+def test_more_combinations_than_anyone_runs_are_refused(tmp_path: Path) -> None:
+    variants = "".join(f'[[variants]]\nname = "{n}"\nstages = [[{{ method = "full" }}]]\n' for n in range(101))
+    cases = "".join(f'[[profiles.p.cases]]\nname = "{n}"\n' for n in range(100))
+    path = write(tmp_path, f'title = "T"\ntask = {{ name = "core.tiny" }}\n{variants}{cases}')
+    with pytest.raises(BenchmarkFileError, match="10100 variants in all cases of all profiles; at most 10000"):
         read(path)
+
+
+def test_a_file_in_this_folder_is_named_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert read(Path("question.toml")).name == f"{tmp_path.name}/question"
 
 
 def test_unknown_profile_names_the_known(tmp_path: Path) -> None:

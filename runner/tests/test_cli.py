@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pareto_core import ConfigError
-from pareto_runner.cli import main, matches, parse_seeds
+from pareto_runner.cli import interruptible, main
+from pareto_runner.journal import Journal
+from pareto_runner.questions import matches, parse_seeds
+from pareto_runner.terminal import duration
 
 
 def command(
@@ -52,6 +58,8 @@ def test_only_matches_parts_and_patterns() -> None:
         (["report", "--out", "nowhere"], "pareto bench"),
         (["list", "--benchmarks", "nowhere"], "not a folder"),
         (["bench", "--nproc", "0"], "nproc"),
+        (["bench", "--limit", "0"], "limit"),
+        (["upload", "nowhere"], "pareto bench"),
     ],
 )
 def test_bad_input_ends_with_one_message_and_code_2(
@@ -64,16 +72,57 @@ def test_bad_input_ends_with_one_message_and_code_2(
     assert "Traceback" not in text
 
 
-def test_results_that_cannot_be_read_are_told_before_anything_runs(
+def test_a_damaged_file_is_named_and_the_report_written_without_it(
     tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = tmp_path / "out" / "journal"
     journal.mkdir(parents=True)
-    (journal / "old.json").write_text("{}")
-    code, text = command(monkeypatch, capsys, "bench", str(tiny_file), "--out", str(tmp_path / "out"))
-    assert code == 2
-    assert "old.json" in text
-    assert "--out" in text
+    (journal / "000001-old.json").write_text("{}")
+    samples = runpy.run_path(str(Path(__file__).with_name("samples.py")))
+    Journal(journal).write(samples["ok"]("BitFit"))
+    places = ["--out", str(tmp_path / "out"), "--benchmarks", str(tmp_path)]
+    code, text = command(monkeypatch, capsys, "report", *places)
+    assert "000001-old.json" in text
+    assert "left out" in text
+    assert "Traceback" not in text
+    assert code in (0, None)
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_dry_run_says_what_would_run_and_why(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pareto_runner.cli.console", Console(width=250))
+    code, text = command(monkeypatch, capsys, "bench", str(tiny_file), "--dry-run", "--out", str(tmp_path / "out"))
+    assert not code
+    assert text.count("not run yet") == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "–"), (0.4, "0 s"), (119, "119 s"), (300, "5 min"), (7300, "2.0 h")]
+)
+def test_durations_read_well(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_clean_frees_what_is_not_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "artifacts" / "key").mkdir(parents=True)
+    (tmp_path / "artifacts" / "key" / "weights").write_bytes(b"x" * 3 * 2**20)
+    (tmp_path / "journal").mkdir()
+    code, text = command(monkeypatch, capsys, "clean", "--out", str(tmp_path))
+    assert not code
+    assert "3 MiB freed" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
+def test_a_signal_ends_like_ctrl_c_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_list_and_targets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

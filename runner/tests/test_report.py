@@ -1,4 +1,4 @@
-"""The report: figures in its tables by hand, hostile names, seeds that failed, and nothing to report on."""
+"""The report: figures in its tables by hand, machines apart, hostile names and figures, failures, nothing at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
 from rich.console import Console
 from scipy import stats
 
 from pareto_core import DataError, Measurement, Result
 from pareto_runner import report, sections, tables, wording
+from pareto_runner.journal import Damaged
 from pareto_runner.sections import QuestionInfo, Reference
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("samples.py")))
@@ -71,6 +74,8 @@ def test_ratios_of_several_seeds_are_combined_conservatively() -> None:
     both = sections.combine_ratio([compare("x", 0.8, 0.05), compare("x", 0.9, 0.05)])
     assert both.ratio == pytest.approx(math.sqrt(0.72))
     assert (both.low, both.high, both.verdict) == (0.75, pytest.approx(0.95), "better")
+    wide = dataclasses.replace(compare("x", 0.9, 0.05), margin=0.04)
+    assert sections.combine_ratio([compare("x", 0.8, 0.05), wide]).margin == 0.04
     split = sections.combine_ratio([compare("x", 0.9, 0.05), compare("x", 0.98, 0.05)])
     assert split.verdict == "inconclusive"
 
@@ -83,12 +88,14 @@ def test_a_row_by_hand() -> None:
     assert cells["Trainable parameters"] == tables.Cell("17,001", spread="0.0749 %")
     latency = cells["Latency, batch 1 (ms)"]
     # latencies 4.008, 4.028, 4.048, each with p10 = 0.97 and p90 = 1.06 of it
-    assert (latency.text, latency.spread) == ("4.03", "3.91–4.27")
+    assert (latency.text, latency.spread) == ("4.03", "p10–p90 3.91–4.27")
+    # intervals from 0.99 to 1.02 of each: from the lowest to the highest
+    assert latency.interval == "[3.97, 4.13]"
     # ratios 1.002, 1.003, 1.004, each ± 0.01
-    assert latency.ratio == "×1.003 [0.992, 1.014]"
+    assert latency.change == "×1.003 [0.992, 1.014]"
     assert latency.verdict == "inconclusive"
     step = cells["Training step (ms)"]
-    assert (step.text, step.ratio, step.verdict) == ("139", "×0.764 [0.754, 0.774]", "better")
+    assert (step.text, step.change, step.verdict) == ("139", "×0.764 [0.754, 0.774]", "better")
     assert cells["Training peak memory (MiB)"].text == "708"
     assert cells["Inference peak memory (MiB)"].text == "513"
     assert "Weights (MiB)" not in cells  # equal for all
@@ -99,9 +106,53 @@ def test_the_baseline_comes_first_and_is_marked() -> None:
     assert table.rows[0][0] == tables.Cell("Full fine-tuning", spread="1 seed", mark="baseline")
 
 
+def test_a_column_says_what_the_machine_tells_apart() -> None:
+    coarse = dataclasses.replace(compare("train_step_ms", 0.8), margin=0.034)
+    other = dataclasses.replace(ok("BitFit"), comparisons=(coarse,))
+    table = tables.results_table(section([*(r for r in suite(1) if r.spec.variant != "BitFit"), other]))
+    notes = dict(zip(table.heads, table.notes, strict=True))
+    assert notes["Training step (ms)"] == "told apart beyond ±3.4 %"  # the coarsest of the column
+    assert notes["Latency, batch 1 (ms)"] == "told apart beyond ±1 %"
+    assert notes["Accuracy (%)"] == notes["Training peak memory (MiB)"] == ""
+
+
+def test_the_score_of_one_seed_is_compared_as_the_result_says() -> None:
+    cell = row(suite(1), "KronA (24, 16)")["Accuracy (%)"]
+    assert cell.change == "−2.4 [−3.4, −1.4], p = 0.04"
+    assert cell.verdict == "worse"
+    assert row(suite(1), "Full fine-tuning")["Accuracy (%)"].change == ""
+
+
+def test_scores_of_several_seeds_are_compared_over_the_same_items() -> None:
+    cell = row(suite(3), "BitFit")["Accuracy (%)"]
+    lines = [[np.array(ok(name, seed).resampled) for seed in range(3)] for name in ("BitFit", "Full fine-tuning")]
+    replicates = np.mean(lines[0], axis=0) - np.mean(lines[1], axis=0)
+    low, high = np.quantile(replicates, [0.025, 0.975])
+    assert cell.change == f"−7.8 [−{-low:.1f}, −{-high:.1f}]"  # every seed differs by 7.8, so seeds add no scatter
+    assert cell.verdict == "worse"
+
+
+def test_one_seeds_score_is_bounded_by_its_resamples() -> None:
+    figure = section(suite(1)).rows[1].score
+    assert figure is not None
+    ordered = sorted(ok("BitFit").resampled)
+    assert figure.interval == (ordered[5], ordered[-6])  # 2.5 % of 200 lie outside on either side
+    own = Measurement(name="accuracy", value=63.0, unit="%", interval_low=61.0, interval_high=65.0)
+    result = dataclasses.replace(ok("BitFit"), measurements=(own,))
+    assert row([result], "BitFit")["Accuracy (%)"].interval == "[61.0, 65.0]"
+
+
+def test_an_interval_of_some_seeds_alone_is_not_shown() -> None:
+    bare = dataclasses.replace(
+        ok("BitFit", 1), measurements=(Measurement(name="latency_ms.batch1", value=4.0, unit="ms"),)
+    )
+    assert row([ok("BitFit", 0), bare], "BitFit")["Latency, batch 1 (ms)"].interval == ""
+
+
 def test_one_and_two_seeds_say_what_their_interval_is() -> None:
-    assert row(suite(1), "LoRA r=1")["Accuracy (%)"] == tables.Cell("67.5")
-    assert row(suite(2), "LoRA r=1")["Accuracy (%)"] == tables.Cell("67.7", spread="67.5–67.9")
+    one, two = (row(suite(count), "LoRA r=1")["Accuracy (%)"] for count in (1, 2))
+    assert (one.text, one.spread, bool(one.interval)) == ("67.5", "", True)
+    assert (two.text, two.spread, two.interval) == ("67.7", "67.5–67.9", "")
     assert "one seed (0)" in section(suite(1)).facts
 
 
@@ -118,19 +169,89 @@ def test_a_run_that_knew_no_machine_joins_the_section_that_it_fits() -> None:
     assert len(sections.make_sections([early, *suite(1), other], {})) == 2
 
 
+def test_the_later_result_of_a_seed_stands() -> None:
+    for results in ([failed("BitFit", "once"), ok("BitFit")], [ok("BitFit"), failed("BitFit", "now")]):
+        (kept,) = section(results).rows[0].results
+        assert kept is results[-1]
+
+
+def test_machines_are_never_mixed() -> None:
+    newer = {**SAMPLES["MACHINE"], "libraries": {"torch": "2.15.0", "transformers": "5.23.0"}}
+    slow = [dataclasses.replace(result, machine=newer) for result in suite(2)[4:]]
+    slow = [
+        dataclasses.replace(r, measurements=(Measurement(name="latency_ms.batch1", value=400.0, unit="ms"),))
+        for r in slow
+    ]
+    parts = sections.make_sections([*suite(1), *slow], {NAME: INFO})
+    assert [part.machine.split(" · ", 2)[2] for part in parts] == [
+        "libraries torch 2.11.0",
+        "libraries torch 2.15.0",
+    ]
+    assert [part.title.endswith(part.machine) for part in parts] == [True, True]
+    assert [{row.figures["latency_ms.batch1"].value for row in part.rows} for part in parts] == [{4.0, 4.008}, {400.0}]
+    assert [name for name, _ in tables.environment_tables([*suite(1), *slow])] == [part.machine for part in parts]
+
+
+def test_a_machines_name_says_as_little_as_tells_it_apart() -> None:
+    machines = [{"cpu": "A"}, {"cpu": "A", "turbo": True}, {"cpu": "A", "turbo": True, "smt": False}, {"cpu": "B"}, {}]
+    results = [dataclasses.replace(ok("BitFit"), machine=machine) for machine in machines]
+    assert list(sections.machine_names(results).values()) == [
+        "A · turbo – · smt –",
+        "A · turbo True · smt –",
+        "A · turbo True · smt False",
+        "B",
+        "machine not recorded",
+    ]
+
+
+def test_many_values_of_a_fact_are_its_range() -> None:
+    results = [
+        dataclasses.replace(ok("BitFit", seed), context={"load": load}) for seed, load in enumerate([9.5, 10.2, 2, 4])
+    ]
+    ((_, facts),) = tables.environment_tables(results)
+    assert dict(facts)["load"] == "2 … 10.2 (4 values)"
+
+
+def test_code_that_changed_between_the_seeds_is_told() -> None:
+    def measured(code: str, seed: int) -> Result:
+        return dataclasses.replace(ok("BitFit", seed), context={"code": code})
+
+    warning = "seeds measured with different code"
+    assert warning in section([measured("a", 0), measured("b", 1)]).facts
+    assert warning not in section([measured("a", 0), measured("a", 1)]).facts
+
+
 def test_other_targets_and_data_have_sections_of_their_own() -> None:
     tpu = failed("LoRA r=1", "no TPU", status="unsupported", target="tpu")
     other = dataclasses.replace(ok("LoRA r=1"), data={"corpus": "another"})
     slugs = [part.slug for part in sections.make_sections([*suite(1), tpu], {})]
     assert slugs == ["adapters-krona-vs-lora", "adapters-krona-vs-lora-smoke-tpu"]
-    slugs = [part.slug for part in sections.make_sections([*suite(1), other], {})]
-    assert slugs == ["adapters-krona-vs-lora-smoke-xeon", "adapters-krona-vs-lora-smoke-xeon-2"]
+    parts = sections.make_sections([*suite(1), other], {NAME: INFO})
+    assert [part.slug for part in parts] == [
+        "adapters-krona-vs-lora-smoke-xeon",
+        "adapters-krona-vs-lora-smoke-xeon-2",
+    ]
+    assert [part.title for part in parts] == [f"KronA against LoRA · data or task {number}" for number in (1, 2)]
+    assert [part.facts[-1] for part in parts] == ["data corpus 8c3fa1", "data corpus another"]
+
+
+def test_a_case_and_a_profile_are_named_in_the_title() -> None:
+    case = f"{NAME}/sst2"
+    full = dataclasses.replace(ok("BitFit"), spec=SAMPLES["spec"]("BitFit", profile="full"))
+    tuned = dataclasses.replace(ok("BitFit"), spec=SAMPLES["spec"]("BitFit", question=case))
+    parts = sections.make_sections([ok("BitFit"), full, tuned], {NAME: INFO, case: INFO})
+    assert [part.title for part in parts] == [
+        "KronA against LoRA · full · xeon",
+        "KronA against LoRA · smoke · xeon",
+        "KronA against LoRA · sst2",
+    ]
 
 
 def test_a_rival_beside_the_baseline_has_a_line_and_leaves_the_ratio_alone() -> None:
     [section] = sections.make_sections(suite(1), {})
     assert tables.rivalries(section) == [
-        "train step: KronA (24, 16) against LoRA r=1 ×1.030 [1.020, 1.040], higher",
+        "accuracy: KronA (24, 16) against LoRA r=1 +0.9 [−0.1, +1.9], p = 0.04, inconclusive",
+        "train step: KronA (24, 16) against LoRA r=1 ×1.030 [1.020, 1.040], higher beyond ±1 %",
     ]
     krona = next(r for r in section.rows if r.variant == "KronA (24, 16)")
     assert krona.ratios["train_step_ms"].baseline == "Full fine-tuning"
@@ -174,15 +295,20 @@ def test_numbers() -> None:
     shown = [wording.number(value) for value in (1234567.0, 100.4, 99.96, 99.94, 10.04, 9.996, 1.234, 0.01234, 5.0)]
     assert shown == ["1,234,567", "100", "100", "99.9", "10.0", "10.0", "1.23", "0.0123", "5"]
     assert wording.number(71.26, "%") == "71.3"
+    assert wording.number(1e300) == "1e+300"
+    assert [wording.signed(value, "%") for value in (1.26, -0.31, -0.04)] == ["+1.3", "−0.3", "0.0"]
+    assert [wording.margin(value) for value in (0.01, 0.0201, 0.034, 1.63)] == ["±1 %", "±2 %", "±3.4 %", "±163 %"]
+    assert wording.show({"a": None, "b": [1, 2.50]}) == "a –, b 1, 2.5"
 
 
 class Page(HTMLParser):
-    """Collects tags and text, and every address that a browser would load."""
+    """Collects tags and text, every address that a browser would load, and where the links lead."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.loads: list[str] = []
+        self.links: list[str] = []
         self.text = ""
         self.feed(text)
 
@@ -190,14 +316,16 @@ class Page(HTMLParser):
         self.tags.append(tag)
         wanted = [value or "" for name, value in attrs if name in ("src", "srcset", "data", "poster")]
         self.loads += wanted + ([str(dict(attrs).get("href"))] if tag == "link" else [])
+        self.links += [value or "" for name, value in attrs if tag == "a" and name == "href"]
 
     def handle_data(self, data: str) -> None:
         self.text += data
 
 
 def test_files_and_the_page(tmp_path: Path) -> None:
-    results = [*suite(3), failed("KronA (7, 5)", "7 does not divide 384")]
-    path = report.write_report(results, {NAME: INFO}, tmp_path / "out")
+    results = [*suite(3), failed("KronA (7, 5)", "7 does not divide 384", log="step 3\nshapes <do not> fit")]
+    damaged = [Damaged(tmp_path / "000007-x.json", "not a result of this version: half a file")]
+    path = report.write_report(results, {NAME: INFO}, tmp_path / "out", damaged)
     assert path == tmp_path / "out" / "report.html"
     names = {file.name for file in path.parent.iterdir()}
     stem = "adapters-krona-vs-lora"
@@ -211,6 +339,10 @@ def test_files_and_the_page(tmp_path: Path) -> None:
     assert not re.search(r"url\((?!#)|@import", text)
     identifiers = re.findall(r'\bid="([^"]+)"', text)
     assert len(identifiers) == len(set(identifiers))
+    for link in page.links:
+        here = link[1:] in identifiers if link.startswith("#") else (path.parent / link).is_file()
+        assert here or link.startswith("https://arxiv.org/"), link
+    assert {"svg", "png", "csv"} <= {link.rsplit(".", 1)[-1] for link in page.links}
     for part in (
         "Platinum 8481C",
         "68.8 ± 1.0",
@@ -218,6 +350,10 @@ def test_files_and_the_page(tmp_path: Path) -> None:
         "7 does not divide 384",
         "Table 4.6",
         "11.0 %",
+        "Full fine-tuning: 71.2 ± 1.0 %",  # the overview's best score
+        "told apart beyond ±1 %",
+        "step 3\nshapes <do not> fit",
+        "000007-x.json: not a result of this version: half a file",
     ):
         assert part in page.text
     assert "no difference, as it should" in page.text  # the A/A control
@@ -229,6 +365,7 @@ def test_the_markdown(tmp_path: Path) -> None:
     head = next(i for i, line in enumerate(lines) if line.startswith("| Variant |"))
     assert {line.count("|") for line in lines[head : head + 6]} == {9}
     assert "| Full fine-tuning (baseline) <small>3 seeds</small> | 71.2 ± 1.0 |" in lines[head + 2]
+    assert "| KronA (24, 16) <small>3 seeds</small> | 68.8 ± 1.0<br>−2.4 \\[" in lines[head + 5]
     assert "![Pareto front: KronA against LoRA](adapters-krona-vs-lora-pareto.svg)" in lines
     assert lines[head - 2].startswith("**Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz · 2 cores**")
 
@@ -241,6 +378,9 @@ def test_the_csv_has_every_figure_unrounded(tmp_path: Path) -> None:
     assert float(krona["accuracy"]) == pytest.approx(68.8)
     assert float(krona["ratio.train_step_ms"]) == pytest.approx(139 / 182)
     assert (krona["seeds_ok"], krona["status"], krona["ratio.latency_ms.batch1.verdict"]) == ("3", "ok", "inconclusive")
+    assert float(krona["latency_ms.batch1.interval_low"]) == pytest.approx(0.99 * 4.008)
+    assert float(krona["ratio.train_step_ms.margin"]) == 0.01
+    assert (float(krona["difference.accuracy"]), krona["difference.accuracy.verdict"]) == (-2.4, "worse")
     assert rows["Full fine-tuning"]["front"] == "True"
 
 
@@ -254,10 +394,11 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         data={evil: evil},
         paper={"title": evil, "authors": evil, "year": 1, "url": "javascript:alert(3)"},
     )
-    worse = dataclasses.replace(failed(evil, evil), machine={"cpu": evil})
+    worse = dataclasses.replace(failed(evil, evil, log=f"</pre>{evil}"), machine={"cpu": evil})
     reference = Reference(evil, evil, (evil,), {evil: (evil,)}, evil)
     info = QuestionInfo(NAME, evil, evil, evil, (reference,), {evil: evil})
-    path = report.write_report([bad, worse], {NAME: info}, tmp_path)
+    damaged = [Damaged(Path(evil.replace("/", "")), evil)]
+    path = report.write_report([bad, worse], {NAME: info}, tmp_path, damaged)
     page = Page(path.read_text())
     assert "script" not in page.tags
     assert "<script>alert(1)</script>" in page.text
@@ -270,6 +411,21 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert all(file.parent == tmp_path for file in tmp_path.iterdir())
 
 
+@settings(max_examples=15, deadline=None)
+@given(results=SAMPLES["odd_results"]())
+def test_any_result_that_can_be_stored_can_be_reported(
+    tmp_path_factory: pytest.TempPathFactory, results: list[Result]
+) -> None:
+    path = report.write_report(results, {NAME: INFO}, tmp_path_factory.mktemp("odd"))
+    assert Page(path.read_text()).tags.count("section") >= 1
+    shown(results)
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    path = report.write_report([failed("\ud800", "half \ud800")], {}, tmp_path)
+    assert "half ?" in path.read_text(encoding="utf-8")
+
+
 def test_nothing_to_report_on(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no results to report on: run `pareto bench` first"):
         report.write_report([], {}, tmp_path / "never")
@@ -280,6 +436,7 @@ def test_a_report_of_failures_alone(tmp_path: Path) -> None:
     path = report.write_report([failed("LoRA r=1", "it broke")], {NAME: INFO}, tmp_path)
     assert "it broke" in path.read_text()
     assert not list(tmp_path.glob("*.svg"))
+    assert len(list(tmp_path.glob("*.csv"))) == 1
 
 
 def shown(results: list[Result]) -> str:
@@ -307,7 +464,7 @@ def test_training_curves_are_averaged_over_steps_and_seeds() -> None:
         return tuple((step, float(step // 8) + seed + (0.5 if step % 2 else -0.5)) for step in range(24))
 
     results = [dataclasses.replace(ok("BitFit", seed), curve=curve(seed)) for seed in (0, 1)]
-    (line,) = report.curve_lines(section(results))
-    assert line.mean == (0.5, 1.5, 2.5)
-    assert (line.low, line.high) == ((0.0, 1.0, 2.0), (1.0, 2.0, 3.0))
-    assert line.steps == (4.0, 12.0, 20.0)
+    (found,) = report.training_curves(section(results))
+    assert found.mean == (0.5, 1.5, 2.5)
+    assert (found.low, found.high) == ((0.0, 1.0, 2.0), (1.0, 2.0, 3.0))
+    assert found.steps == (4.0, 12.0, 20.0)  # middles of steps 0 to 7, 8 to 15, 16 to 23

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +15,8 @@ import torch
 from pareto_core import Engine, MethodSpec, ModelError, Paper, RunSpec, Stage, TaskRef, UnknownNameError
 from pareto_core.method import Method
 from pareto_core.spec import Budget, Training
-from pareto_runner import discover
-from pareto_runner.run import Artifact, Phases, load_deployed, measure, prepare
-from pareto_runner.targets.xeon import XeonTarget
+from pareto_runner import discover, run
+from pareto_runner.run import Artifact, load_deployed, measure, prepare
 
 
 def spec(*stages: Stage, **changes: Any) -> RunSpec:
@@ -62,6 +63,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     real = discover.method_class
     extra: dict[str, type[Method]] = {"spy": Spy, "spoiler": Spoiler}
     monkeypatch.setattr(discover, "method_class", lambda name: extra.get(name) or real(name))
+    monkeypatch.setattr(run, "packages_of", lambda spec: set())
 
 
 def test_prepare_scores_saves_and_measures_every_phase(tmp_path: Path) -> None:
@@ -166,19 +168,20 @@ def test_unknown_names_are_answered_with_the_nearest(changes: dict[str, Any], na
         prepare(dataclasses.replace(spec(stage("full")), **changes), tmp_path)
 
 
-def test_phases_add_up_and_keep_their_own_peaks() -> None:
-    phases = Phases(XeonTarget())
-    phases.start_from_here()
-    with phases("train"):
-        block = bytearray(64 * 2**20)
-        block[::4096] = b"x" * len(range(0, len(block), 4096))
-        del block
-    with phases("finish"):
-        pass
-    found = {m.name: m.value for m in phases.measurements()}
-    assert 60 < found["train_peak_mib"] < 75
-    assert found["time_s.train"] > found["time_s.finish"] > 0
-
-
 def test_measuring_nothing_gives_nothing() -> None:
     assert measure([]) == []
+
+
+def test_a_worker_imports_large_libraries_only_when_its_task_does() -> None:
+    code = """
+import sys
+from pareto_runner import worker
+from pareto_runner.randomness import seed_everything
+heavy = {"transformers", "deepspeed", "mlflow", "peft", "matplotlib"}
+before = {"torch", *heavy} & set(sys.modules)
+worker.set_threads()
+seed_everything(0)
+print(sorted(before), sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] []\n"

@@ -1,21 +1,26 @@
-"""What reaches the MLflow store: names, figures, parameters, tags, statuses, and nothing that is not finite."""
+"""What reaches the MLflow store: figures, parameters, tags, statuses; and each result once, whoever writes or dies."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pareto_core import Measurement
+from pareto_core import Result
 from pareto_runner import tracking
+from pareto_runner.journal import Journal
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("samples.py")))
 ok, failed = SAMPLES["ok"], SAMPLES["failed"]
@@ -33,8 +38,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "long": long,
     }
     with tracking.Tracker(uri) as tracker:
-        parent = tracker.suite("adapters · smoke", {"profile": "smoke"})
+        tracker.suite("adapters · smoke", {"profile": "smoke"})
         ids = {name: tracker.log(result) for name, result in results.items()}
+        parent = tracker.parent_id
     client = MlflowClient(tracking_uri=uri)
     runs = {name: client.get_run(run) for name, run in ids.items()}
     return {"uri": uri, "client": client, "runs": runs, "parent": client.get_run(parent), "results": results}
@@ -103,39 +109,262 @@ def test_a_second_tracker_adds_to_the_experiment(store: dict[str, Any]) -> None:
 
 def test_an_interrupted_suite_is_killed(store: dict[str, Any]) -> None:
     tracker = tracking.Tracker(store["uri"]).__enter__()
-    parent = tracker.suite("interrupted")
+    tracker.suite("interrupted")
+    run = store["client"].get_run(tracker.log(ok("BitFit", 2)))
     tracker.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert store["client"].get_run(parent).info.status == "KILLED"
+    assert store["client"].get_run(run.data.tags["mlflow.parentRunId"]).info.status == "KILLED"
 
 
-def test_compiled_figures_have_a_name_of_their_own_and_odd_names_are_made_valid() -> None:
-    result = dataclasses.replace(
-        ok("BitFit"),
-        measurements=(
-            Measurement(name="hbm_mib", value=3.0, unit="MiB", kind="compiled"),
-            Measurement(name="f1 (macro)/é", value=1.0, unit="%"),
-            Measurement(name="time_s.build", value=1.0, unit="s"),
-        ),
-        comparisons=(),
-    )
-    assert tracking.run_metrics(result) == {"compiled.hbm_mib": 3.0, "f1 _macro___": 1.0}
-    assert tracking.run_tags(result)["kind"] == "compiled"
+def test_a_suite_without_a_new_result_leaves_no_run(store: dict[str, Any]) -> None:
+    known = store["runs"]["ok"].info.run_id
+    with tracking.Tracker(store["uri"]) as tracker:
+        tracker.suite("nothing new")
+        assert tracker.log(store["results"]["ok"]) == known
+        assert tracker.parent_id is None
+    assert not runs_of(tracker, "attributes.run_name = 'nothing new'")
 
 
-def test_values_that_are_not_finite_are_dropped() -> None:
-    item = Measurement(name="accuracy", value=1.0, unit="%")
-    object.__setattr__(item, "value", float("inf"))
-    result = dataclasses.replace(ok("BitFit"), comparisons=())
-    object.__setattr__(result, "measurements", (item,))
-    assert tracking.run_metrics(result) == {}
+def test_a_suite_is_taken_up_again_by_its_identity(store: dict[str, Any]) -> None:
+    with tracking.Tracker(store["uri"]) as tracker:
+        tracker.suite("in two parts", identity="feedfacefeedface")
+        first = tracker.log(ok("BitFit", 3))
+    with tracking.Tracker(store["uri"]) as tracker:
+        tracker.suite("in two parts", identity="feedfacefeedface")
+        second = tracker.log(failed("BitFit", "no memory", 4))
+    runs = [store["client"].get_run(run) for run in (first, second)]
+    assert len({run.data.tags["mlflow.parentRunId"] for run in runs}) == 1
+    assert store["client"].get_run(runs[0].data.tags["mlflow.parentRunId"]).info.status == "FAILED"
+
+
+def test_a_suite_whose_process_is_gone_is_marked_and_a_living_one_is_not(store: dict[str, Any]) -> None:
+    with tracking.Tracker(store["uri"]) as gone, tracking.Tracker(store["uri"]) as alive:
+        gone.suite("gone", process="4194305-17")  # larger than any process id
+        alive.suite("alive")
+        gone.log(ok("BitFit", 5))
+        alive.log(ok("BitFit", 6))
+        alive.end_abandoned()
+        assert store["client"].get_run(gone.parent_id).info.status == "KILLED"
+        assert store["client"].get_run(alive.parent_id).info.status == "RUNNING"
+
+
+def test_a_run_tells_when_its_result_was_measured(store: dict[str, Any]) -> None:
+    result = ok("BitFit", 7)
+    result = dataclasses.replace(result, context={"time": "2025-11-21T14:00:00+00:00", "seconds": 12.5})
+    with tracking.Tracker(store["uri"]) as tracker:
+        info = store["client"].get_run(tracker.log(result)).info
+    assert (info.start_time, info.end_time) == (1763733600000, 1763733612500)
+    for context in ({}, {"time": "yesterday"}, {"time": 7}):
+        start, end = tracking.period(dataclasses.replace(result, context=context))
+        assert start == end > 1763733600000
+
+
+def test_a_result_is_known_by_the_bytes_of_its_journal_file(store: dict[str, Any], tmp_path: Path) -> None:
+    path = Journal(tmp_path / "journal").write(ok("BitFit", 8))
+    result, content = ok("BitFit", 8), path.read_bytes() + b"\n"
+    with tracking.Tracker(store["uri"]) as tracker:
+        ids = [tracker.log(result), tracker.log(result, path.read_bytes()), tracker.log(result, content)]
+        found, page = tracker.present()
+    assert ids[0] == ids[1] != ids[2]
+    assert {tracking.identity_of(path.read_bytes()), tracking.identity_of(content)} < found
+    assert page is None
+    saved = store["client"].download_artifacts(ids[2], "result.json", str(tmp_path))
+    assert Path(saved).read_bytes() == content
+
+
+def test_identities_are_read_page_by_page(store: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with tracking.Tracker(store["uri"]) as tracker:
+        whole, _ = tracker.present()
+        monkeypatch.setattr(tracking, "PAGE", 2)
+        first, page = tracker.present()
+        rest: set[str] = set()
+        while page:
+            more, page = tracker.present(page)
+            rest |= more
+    assert len(first) == 2
+    assert first | rest == whole
+
+
+def test_a_result_that_a_store_cannot_hold_is_refused_and_leaves_nothing(store: dict[str, Any]) -> None:
+    odd = dataclasses.replace(ok("BitFit", 9), curve=((2**70, 1.0),))  # no database has such integers
+    with tracking.Tracker(store["uri"]) as tracker:
+        with pytest.raises(tracking.RefusedError, match="cannot log to the tracking store sqlite:"):
+            tracker.log(odd)
+        assert not runs_of(tracker, "attributes.status = 'RUNNING' and tags.`pareto.kind` = 'result'")
+        assert tracker.log(ok("BitFit", 9))
+
+
+def runs_of(tracker: tracking.Tracker, wanted: str) -> list[Any]:
+    """The runs of the experiment that a filter names; deleted ones are left out."""
+    return list(tracker.client.search_runs([tracker.experiment_id], wanted))
+
+
+def copies(tracker: tracking.Tracker, result: Result) -> list[str]:
+    """Statuses of the runs of one result."""
+    content = json.dumps(result.to_json(), indent=1, ensure_ascii=False).encode()
+    wanted = f"tags.`pareto.id` = '{tracking.identity_of(content)}'"
+    return [run.info.status for run in runs_of(tracker, wanted)]
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs, to be copied: making one takes seconds."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    tracking.create_sqlite(path)
+    return path
+
+
+@pytest.fixture
+def uri(empty_store: Path, tmp_path: Path) -> str:
+    """A store of the test's own. This process must not open it before it forks: connections are not for sharing."""
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
+
+
+def forked(function: Any, *arguments: Any) -> multiprocessing.Process:
+    """Start a process that has MLflow imported already."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def log_and_die(uri: str, result: Result, method: str, after: bool) -> None:
+    """Log a result and be killed by the kernel's hand when the client is about to call a method, or just has."""
+    with tracking.Tracker(uri) as tracker:
+        tracker.suite("a suite")
+        real = getattr(tracker.client, method)
+
+        def fatal(*arguments: Any, **options: Any) -> Any:
+            if after:
+                real(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(tracker.client, method, fatal)
+        tracker.log(result)
+
+
+def test_a_writer_that_is_killed_at_any_step_leaves_one_whole_run_in_the_end(uri: str) -> None:
+    steps = [
+        (name, after) for name in ("create_run", "log_batch", "log_artifact", "set_terminated") for after in (0, 1)
+    ]
+    results = [ok("BitFit", seed) for seed in range(len(steps))]
+    for result, (method, after) in zip(results, steps, strict=True):
+        process = forked(log_and_die, uri, result, method, bool(after))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    with tracking.Tracker(uri) as tracker:
+        before = [copies(tracker, result) for result in results]
+        for result in results:
+            tracker.log(result)
+        after_all = [copies(tracker, result) for result in results]
+    # nothing yet (the kill came with the suite's run), begun, …, begun, whole
+    assert before == [[], [], *[["RUNNING"]] * 5, ["FINISHED"]]
+    assert after_all == [["FINISHED"]] * len(results)
+
+
+def log_all(uri: str, results: list[Result]) -> None:
+    with tracking.Tracker(uri) as tracker:
+        for result in results:
+            tracker.log(result)
+
+
+def test_several_writers_at_once_lose_and_repeat_nothing(uri: str) -> None:
+    results = [ok("LoRA r=1", seed) for seed in range(12)]
+    writers = [forked(log_all, uri, results[first : first + 6]) for first in (0, 3, 6)]
+    for process in writers:
+        process.join()
+    assert [process.exitcode for process in writers] == [0, 0, 0]
+    with tracking.Tracker(uri) as tracker:
+        assert [copies(tracker, result) for result in results] == [["FINISHED"]] * 12
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the lock be another one at each use, as for writers on several machines."""
+    import contextlib
+
+    names = iter(range(10**6))
+
+    @contextlib.contextmanager
+    def other(uri: str) -> Iterator[str]:
+        yield f"lock {next(names)}"
+
+    monkeypatch.setattr(tracking, "store_lock", other)
+    monkeypatch.setattr(tracking, "sqlite_path", lambda uri: None)
+
+
+def test_of_two_whole_runs_from_two_machines_the_same_one_stays(store: dict[str, Any], elsewhere: None) -> None:
+    result = ok("BitFit", 10)
+    with tracking.Tracker(store["uri"]) as here, tracking.Tracker(store["uri"]) as there:
+        real = here.client.create_run
+        between: list[str] = []
+
+        def create_run(*arguments: Any) -> Any:
+            if not between:
+                between.append(there.log(result))  # it began and ended after our look and before our run
+            return real(*arguments)
+
+        here.client.create_run = create_run
+        kept = here.log(result)
+        assert copies(here, result) == ["FINISHED"]
+        assert kept == there.log(result) == here.log(result)
+
+
+def test_what_another_machine_has_begun_is_left_to_it(store: dict[str, Any], elsewhere: None) -> None:
+    result = ok("BitFit", 11)
+    with tracking.Tracker(store["uri"]) as here, tracking.Tracker(store["uri"]) as there:
+        real = there.client.set_terminated
+
+        def set_terminated(*arguments: Any) -> None:
+            there.client.set_terminated = real
+            here.log(result)  # another machine brings in the same while this run is unfinished
+            real(*arguments)
+
+        there.client.set_terminated = set_terminated
+        there.log(result)
+        assert copies(here, result) == ["FINISHED"]
+
+
+def test_a_store_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    half = tmp_path / ".mlflow.db.new"
+    half.write_bytes(b"SQLite format 3\x00 and no more")
+    with tracking.Tracker(f"sqlite:///{path}") as tracker:
+        tracker.log(ok("BitFit"))
+    assert path.exists()
+    assert not half.exists()
 
 
 def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says" * 50)
-    with pytest.raises(tracking.TrackingError, match=r"cannot open the tracking store sqlite:.*mlflow\.db"):
-        tracking.Tracker(f"sqlite:///{tmp_path}/mlflow.db").__enter__()
+    for place in (f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/mlflow.db/below.db", "nonsense://there"):
+        with pytest.raises(tracking.TrackingError, match=rf"^cannot open the tracking store {place}: "):
+            tracking.Tracker(place).open()
+    with pytest.raises(tracking.TrackingError, match="names no file"):
+        tracking.Tracker(f"sqlite:///{tmp_path}").open()
     with pytest.raises(tracking.TrackingError, match="with statement"):
-        tracking.Tracker("sqlite:///never.db").suite("x")
+        tracking.Tracker(f"sqlite:///{tmp_path}/never.db").log(ok("BitFit"))
+
+
+def test_messages_show_no_password() -> None:
+    assert tracking.shown("postgresql://me:secret@db/runs") == "postgresql://…@db/runs"
+    assert tracking.shown("sqlite:////srv/a@b.db") == "sqlite:////srv/a@b.db"
+
+
+def test_a_lock_keeps_its_name_and_a_server_does_without_where_none_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
+    names = []
+    for _ in range(2):
+        with tracking.store_lock("http://127.0.0.1:1") as name:
+            names.append(name)
+    with tracking.store_lock("http://127.0.0.1:2") as other:
+        assert names[0] == names[1] != other
+    monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "plain"))
+    (tmp_path / "plain").write_text("")
+    with tracking.store_lock("http://127.0.0.1:1") as name:
+        assert name == ""
+    with pytest.raises(OSError, match="plain"), tracking.store_lock(f"sqlite:///{tmp_path}/plain/mlflow.db"):
+        pass
 
 
 def test_where_results_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

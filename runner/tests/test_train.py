@@ -1,18 +1,18 @@
-"""The training loop: rates and batches by hand, DeepSpeed against a plain loop written here, edits, bad losses."""
+"""The training loop: rates and batches by hand, batches after an interruption, bad losses, the best weights."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from pareto_core import Batch, Budget, Engine, Method, Split, Training, TrainingError, UnsupportedError
+from pareto_core import Batch, Budget, DataError, Split, Training, TrainingError
 from pareto_core.testing import TinyTask
-from pareto_core.weights import freeze
 from pareto_runner import train as t
+from pareto_runner.engines import TorchLoop
 
 STEPS = 6
 
@@ -28,37 +28,8 @@ def training(**changes: Any) -> Training:
     return Training(**{**values, **changes})
 
 
-def built(trainable: str = "") -> Any:
-    model: Any = freeze(TinyTask().backbone())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = trainable in name
-    return model
-
-
-def reference_curve(settings: Training, model: Any) -> list[float]:
-    """Write the same training down once more, without the package's loop."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=settings.weight_decay)
-    factors = [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
-    losses: list[float] = []
-    model.train()
-    for factor, batch in zip(factors, t.batch_stream(TinyTask(), settings.batch_size, 3, STEPS), strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clipping)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def run(settings: Training, engine: Engine, trainable: str = "", methods: tuple[Method, ...] = ()) -> Any:
-    model = built(trainable)
-    loop = t.make_loop(model, settings, engine, "fp32", "cpu", "cpu", lambda: built(trainable))
-    done = t.train(loop, model, TinyTask(), methods, settings, 3, lambda *_: None)
-    return done, loop.finish()
+def built() -> Any:
+    return TinyTask().backbone()
 
 
 def test_rates_rise_linearly_then_fall() -> None:
@@ -84,51 +55,34 @@ def test_epochs_are_shuffled_differently_and_reproducibly() -> None:
     assert sorted(first.tolist()) == sorted(second.tolist())
 
 
-def test_ranks_and_accumulation_share_a_batch_without_overlap() -> None:
-    batch = {"x": torch.arange(16)}
-    shares = [piece["x"].tolist() for rank in (0, 1) for piece in t.pieces_of(batch, rank, 2, 2)]
-    assert shares == [[0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7], [12, 13, 14, 15]]
-
-
-@pytest.mark.parametrize(
-    ("engine", "accumulation"),
-    [("torch", 1), ("torch", 4), (0, 1), (0, 2), (1, 1), (2, 1), (3, 1)],
-    ids=["torch", "torch accumulating", "zero0", "zero0 accumulating", "zero1", "zero2", "zero3"],
-)
-def test_every_engine_follows_the_plain_loop(engine: str | int, accumulation: int) -> None:
-    chosen = Engine(name="torch") if engine == "torch" else Engine(zero_stage=engine)  # type: ignore[arg-type]
-    settings = training(gradient_accumulation=accumulation)
-    done, model = run(settings, chosen)
-    assert [loss for _, loss in done.curve] == pytest.approx(reference_curve(settings, built()), abs=2e-5)
-    assert done.items == STEPS * 16
-    assert done.curve[-1][1] < done.curve[0][1]
-    assert next(model.parameters()).shape == next(built().parameters()).shape
-
-
-def test_frozen_parameters_stay_as_they_were() -> None:
-    _, model = run(training(), Engine(), trainable="classifier")
-    for (name, before), after in zip(built("classifier").named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(before, after) != ("classifier" in name)
+@pytest.mark.parametrize("taken", [0, 3, 4, 9, 12])
+def test_batches_that_were_taken_are_passed_over(taken: int) -> None:
+    task = TinyTask()
+    whole = [b["input_ids"] for b in t.batch_stream(task, 16, 2, 12)]
+    rest = [b["input_ids"] for b in t.batch_stream(task, 16, 2, 12, taken)]
+    assert len(rest) == 12 - taken
+    assert all(torch.equal(a, b) for a, b in zip(whole[taken:], rest, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Halving(Method):
-    """Halves the head's bias after each step and zeroes its momentum; notes what it saw."""
+class Counting(TinyTask):
+    """Notes which epochs were asked for, by their seeds."""
 
-    def after_step(self, model: Any, progress: float, edit: Any) -> None:
-        bias = next(p for name, p in model.named_parameters() if name.endswith("classifier.bias"))
-        value = edit.get(bias)
-        edit.set(bias, torch.full_like(value, progress))
-        edit.set_state(bias, "exp_avg", torch.zeros_like(value))
-        assert torch.equal(edit.get(bias), torch.full_like(value, progress))
-        assert float(edit.get_state(bias, "exp_avg").abs().max()) == 0.0
+    asked: ClassVar[list[int]] = []
+
+    def batches(self, split: Split, batch_size: int, seed: int) -> Iterator[Batch]:
+        self.asked.append(seed)
+        return super().batches(split, batch_size, seed)
 
 
-@pytest.mark.parametrize("stage", ["torch", 0, 2])
-def test_methods_edit_full_parameters_and_optimizer_state(stage: str | int) -> None:
-    engine = Engine(name="torch") if stage == "torch" else Engine(zero_stage=stage)  # type: ignore[arg-type]
-    _, model = run(training(), engine, methods=(Halving(),))
-    assert model.classifier.bias.tolist() == [1.0, 1.0]
+def test_whole_epochs_are_passed_over_without_a_look_at_them() -> None:
+    list(t.batch_stream(Counting(), 16, 0, 400, taken=398))
+    assert Counting.asked == [99]
+
+
+def test_a_split_that_fills_no_batch_is_refused() -> None:
+    with pytest.raises(DataError, match="8 training items do not fill one batch of 16"):
+        t.batch_stream(TinyTask(items=8), 16, 0, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +100,7 @@ def test_a_loss_that_is_no_number_ends_training_with_advice() -> None:
     model.config.problem_type = "regression"
     model.num_labels = 1
     model.classifier = torch.nn.Linear(48, 1)
-    loop = t.TorchLoop(model, settings, "fp32", "cpu")
+    loop = TorchLoop(model, settings, "fp32", "cpu")
     with pytest.raises(TrainingError, match=r"step 3 of 6.*learning_rate"):
         t.train(loop, model, Poisoned(), (), settings, 0, lambda *_: None)
 
@@ -154,7 +108,7 @@ def test_a_loss_that_is_no_number_ends_training_with_advice() -> None:
 def test_the_best_weights_come_back() -> None:
     settings = training(select="best", budget=Budget(epochs=4.0), learning_rate=0.5, warmup_steps=0)
     model = built()
-    loop = t.TorchLoop(model, settings, "fp32", "cpu")
+    loop = TorchLoop(model, settings, "fp32", "cpu")
     task = TinyTask()
     seen: list[float] = []
     best = t.BestWeights(model, task)
@@ -166,15 +120,3 @@ def test_the_best_weights_come_back() -> None:
             model.train()
     best.restore(loop.edit)
     assert task.score(task.records(model.eval(), "dev"))["accuracy"] == max(seen)
-
-
-def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="16 does not divide into 3 processes"):
-        t.deepspeed_config(training(), Engine(processes=3), "fp32", 3)
-
-
-def test_precision_and_optimizer_reach_deepspeed() -> None:
-    config = t.deepspeed_config(training(optimizer="adam"), Engine(zero_stage=2), "bf16", 1)
-    assert config["bf16"] == {"enabled": True}
-    assert config["zero_optimization"] == {"stage": 2}
-    assert config["optimizer"]["params"]["adam_w_mode"] is False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pareto_core.spec import Budget, Training
 from pareto_runner import worker
 from pareto_runner.run import Artifact, prepare
 
+MIB = 2**20
 WORDS = ["good", "bad", "film", "plot", "a", "the", "sst2", "sentence", ":", "positive", "negative"]
 
 
@@ -94,6 +97,71 @@ def test_the_token_clock_leaves_the_prompt_out() -> None:
     clock.end()
     assert len(clock.times) == 2
     assert clock.times == sorted(clock.times)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "puts"),
+    [
+        (1, [torch.tensor([1])] * 5),
+        (1, [torch.tensor([1]), torch.tensor([1, 2, 3, 4])]),
+        (1, [torch.tensor([[1]]), torch.tensor([[1, 2]]), torch.tensor([[1, 2]])]),
+        (3, [torch.tensor([1, 2, 3])] * 5),
+        (2, [torch.tensor([[1], [2]]), torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])]),
+    ],
+)
+def test_the_token_clock_counts_tokens_not_arrivals(batch_size: int, puts: list[torch.Tensor]) -> None:
+    clock = worker.TokenClock(lambda: None, batch_size)
+    clock.put(torch.zeros(batch_size, 7))
+    for value in puts:
+        clock.put(value)
+    clock.times = [10.0, *[11.0] * (len(puts) - 2), 12.0]
+    assert clock.next_token_seconds() == 0.5  # four tokens after the first, in two seconds
+
+
+def test_each_token_is_awaited_before_its_time_is_taken() -> None:
+    waited: list[int] = []
+    clock = worker.TokenClock(lambda: waited.append(len(clock.times)))
+    for _ in range(3):
+        clock.put(torch.tensor([1]))
+    assert waited == [0, 1]
+
+
+def test_a_model_that_tells_of_no_tokens_cannot_be_timed_by_them(
+    generating: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = worker.InferenceTurns(generating)
+    turns.choose("generate")
+    monkeypatch.setattr(turns, "_call", lambda streamer: None)
+    with pytest.raises(UnsupportedError, match="without telling its streamer"):
+        turns.turn(0.01)
+
+
+def test_the_peak_of_a_request_is_that_of_all_its_calls(generating: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = worker.InferenceTurns(generating)
+    before = turns.choose("batch1")["peak_mib"]
+
+    def call() -> None:
+        with mmap.mmap(-1, 64 * MIB) as block:
+            block[:: mmap.PAGESIZE] = bytes(len(block) // mmap.PAGESIZE)
+
+    monkeypatch.setattr(turns, "_call", call)
+    turns.turn(0.01)
+    assert 60 < turns.peak()["peak_mib"] - before < 68
+    assert turns.choose("batch1")["peak_mib"] < before + 16  # forgotten with the request that it belonged to
+
+
+def test_the_weight_of_libraries_is_not_the_models(
+    generating: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = generating.libraries()
+    assert {"transformers.models.t5.modeling_t5", "torch.nn.modules.linear"} <= set(made)
+    (tmp_path / "heavy_library.py").write_text(f"weight = b'x' * {64 * MIB}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Artifact, "libraries", lambda self: [*made, "heavy_library", "made.at.run.time"])
+    turns = worker.InferenceTurns(generating)
+    assert "heavy_library" in sys.modules
+    assert turns.load_peak_mib < 32
+    assert turns.choose("batch1")["peak_mib"] < 32
 
 
 def test_training_turns_take_the_asked_number_of_steps(generating: Artifact) -> None:

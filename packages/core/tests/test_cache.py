@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(path, object())
     assert json.loads(path.read_text()) == {"é": 1}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_names_that_are_no_text_come_back_as_they_were(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9 \xff")
+    write_json(tmp_path / "x.json", {"reason": name, "é": "→"})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"reason": name, "é": "→"}

@@ -147,3 +147,34 @@ def test_what_python_makes_is_checked_too() -> None:
         dataclasses.replace(Inner(), size="x")
     with pytest.raises(dataclasses.FrozenInstanceError):
         Inner().size = 4  # type: ignore[misc]
+
+
+def test_integers_of_any_size_are_kept_or_refused_by_name() -> None:
+    huge = 16**5000
+    assert Outer(number=huge).number == huge
+    with pytest.raises(ConfigError, match=r"Outer\.rate = a value of type int that is too large to show"):
+        Outer(number=1, rate=huge)
+
+
+def test_free_tables_have_a_limit_of_depth() -> None:
+    deep: Any = 1
+    for _ in range(32):
+        deep = {"k": [deep]} if isinstance(deep, dict) else {"k": deep}
+    with pytest.raises(ConfigError, match="nested more than 32 levels deep"):
+        Outer(number=1, free=deep)
+    within = {"k": [{"k": [1, {"k": 2.5}]}]}
+    assert Outer(number=1, free=within).free == within
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(ConfigError, match=r"Outer\.free\.k.*nested more than 32 levels deep"):
+        Outer(number=1, free={"k": endless})
+
+
+def test_a_table_without_types_of_its_own_is_checked_too() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Bare(Config):
+        table: dict = dataclasses.field(default_factory=dict)  # type: ignore[type-arg]
+
+    assert Bare(table={"k": (1, 2)}).table == {"k": [1, 2]}
+    with pytest.raises(ConfigError, match=r"Bare\.table\.k"):
+        Bare(table={"k": object()})

@@ -87,6 +87,13 @@ def test_ranges(cls: Any, values: dict[str, Any], field: str) -> None:
     assert caught.value.owner == cls.__name__
 
 
+def test_seeds_are_those_that_every_generator_takes() -> None:
+    assert run(seed=2**32 - 1).seed == 2**32 - 1
+    for seed in (-1, 2**32, 10**300):
+        with pytest.raises(ConfigError, match=r"RunSpec\.seed = .*: must be from 0 to 4294967295"):
+            run(seed=seed)
+
+
 def test_accumulation_that_divides_the_batch_is_accepted() -> None:
     assert Training(batch_size=12, gradient_accumulation=3).gradient_accumulation == 3
 

@@ -6,14 +6,14 @@ the key, and what is allowed there.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pareto_core import (
     Budget,
@@ -25,19 +25,25 @@ from pareto_core import (
     Stage,
     TaskRef,
     Training,
-    UnknownNameError,
 )
-from pareto_core.errors import suggest
+from pareto_core.errors import shown, suggest
+from pareto_core.spec import SEEDS
 from pareto_runner import discover
+from pareto_runner.tomlfile import BenchmarkFileError, load
 
 Table = dict[str, Any]
 
+#: variants in cases in profiles
+COMBINATIONS = 10_000
 
-class BenchmarkFileError(ParetoError):
-    """A benchmark file that cannot be run; the message names the file, the key and what is allowed."""
 
-    def __init__(self, path: Path, key: str, problem: str) -> None:
-        super().__init__(f"{path}: {key}: {problem}" if key else f"{path}: {problem}")
+def _check_name(name: str) -> str:
+    if not name.strip() or not name.isprintable() or len(name) > 100:
+        raise ValueError(f"a name has 1 to 100 printable characters (found {shown(name, 60)})")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
 
 
 class Strict(BaseModel):
@@ -85,7 +91,7 @@ class StageTable(Strict):
 class Variant(Strict):
     """One row of the question: a list of stages, each a list of methods or a table."""
 
-    name: str = Field(min_length=1)
+    name: Name
     stages: list[list[Table] | Table] = Field(min_length=1)
     training: Table = {}
     engine: Table = {}
@@ -114,15 +120,15 @@ class Settings(Strict):
     @field_validator("seeds")
     @classmethod
     def _some_seeds(cls, seeds: list[int] | None) -> list[int] | None:
-        if seeds is not None and (not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0):
-            raise ValueError("give at least one seed, none twice, none negative")
+        if seeds is not None and (not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0 or max(seeds) >= SEEDS):
+            raise ValueError(f"give at least one seed, none twice, none negative or above {SEEDS - 1}")
         return seeds
 
 
 class Case(Settings):
     """One of several tasks that a profile runs the question on."""
 
-    name: str = Field(min_length=1)
+    name: Name
 
 
 class Profile(Settings):
@@ -144,15 +150,18 @@ class Benchmark(Strict):
     engine: Table = {}
     requests: list[str] = []
     variants: list[Variant] = Field(min_length=1)
-    profiles: dict[str, Profile] = Field(min_length=1)
+    profiles: dict[Name, Profile] = Field(min_length=1)
     references: list[ReferenceTable] = []
 
     @model_validator(mode="after")
     def _names(self) -> Benchmark:
         names = [variant.name for variant in self.variants]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two variants are called {name!r}")
+        _distinct("variants", names)
+        for profile_name, profile in self.profiles.items():
+            _distinct(f"cases of the profile {profile_name!r}", [case.name for case in profile.cases])
+        combinations = len(names) * sum(max(1, len(profile.cases)) for profile in self.profiles.values())
+        if combinations > COMBINATIONS:
+            raise ValueError(f"{combinations} variants in all cases of all profiles; at most {COMBINATIONS}")
         mentioned = [("baseline", self.baseline)] if self.baseline is not None else []
         mentioned += [(f"variants.{v.name}.compare_with", other) for v in self.variants for other in v.compare_with]
         for profile_name, profile in self.profiles.items():
@@ -162,6 +171,12 @@ class Benchmark(Strict):
             if name not in names:
                 raise ValueError(f"{key}: no variant {name!r}; {suggest(str(name), names)}")
         return self
+
+
+def _distinct(what: str, names: Sequence[str]) -> None:
+    twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"two {what} are called {twice!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,38 +204,31 @@ class Choices:
 def read(path: Path) -> Question:
     """Read and check a benchmark file; raises BenchmarkFileError on the first thing that is wrong."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BenchmarkFileError(path, "", f"cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BenchmarkFileError(path, "", f"is not UTF-8 text: {error}") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BenchmarkFileError(path, "", f"is not TOML: {error}") from error
-    try:
-        content = Benchmark.model_validate(values)
+        content = Benchmark.model_validate(load(path))
     except ValidationError as error:
-        raise _first_problem(path, error) from error
-    question = Question(f"{path.parent.name}/{path.stem}", path, content)
+        raise BenchmarkFileError(path, *_first_problem(error)) from error
+    question = Question(f"{path.absolute().parent.name}/{path.stem}", path, content)
     for profile in content.profiles:
-        for _ in cases(question, Choices(profile=profile)):
+        for _ in cases(question, Choices(profile=profile, seeds=(0,))):  # seeds differ in nothing else
             pass
     return question
 
 
-def _first_problem(path: Path, error: ValidationError) -> BenchmarkFileError:
+def _first_problem(error: ValidationError) -> tuple[str, str]:
+    """The key that is wrong, and what is."""
     problem = min(error.errors(), key=lambda p: p["type"] != "value_error")
     key = ""
     for part in problem["loc"]:
         if isinstance(part, int):
             key += f"[{part}]"
-        elif not part.startswith(("list[", "dict[", "Table")):
+        elif not part.startswith(("list[", "dict[", "Table", "[key]")):
             key += f".{part}" if key else part
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         message = "this key is required"
     elif problem["type"] != "value_error":
-        message = f"{message} (found {problem['input']!r:.60})"
-    return BenchmarkFileError(path, key, message)
+        message = f"{message} (found {shown(problem['input'], 60)})"
+    return key, message
 
 
 def cases(question: Question, choices: Choices) -> Iterator[tuple[str, list[RunSpec]]]:
@@ -283,8 +291,8 @@ def _stages(question: Question, key: str, variant: Variant, layers: Sequence[Set
         try:
             table = StageTable.model_validate({"methods": given} if isinstance(given, list) else given)
         except ValidationError as error:
-            problem = _first_problem(path, error)
-            raise BenchmarkFileError(path, where, str(problem).removeprefix(f"{path}: ")) from error
+            name, problem = _first_problem(error)
+            raise BenchmarkFileError(path, f"{where}.{name}" if name else where, problem) from error
         if table.labels_from is not None and table.labels_from not in names:
             raise BenchmarkFileError(path, where, f"labels_from: {suggest(table.labels_from, names)}")
         training = merged(
@@ -311,7 +319,7 @@ def _stages(question: Question, key: str, variant: Variant, layers: Sequence[Set
 
 
 def _method_overrides(method: Table, overrides: Sequence[Override]) -> list[Table]:
-    name = method.get("method")
+    name = str(method.get("method"))
     return [override.methods[name] for override in overrides if name in override.methods]
 
 
@@ -320,10 +328,9 @@ def _method(path: Path, key: str, table: Table) -> MethodSpec:
     name = fields.pop("method", None)
     if not isinstance(name, str):
         known = ", ".join(discover.available(discover.METHODS))
-        raise BenchmarkFileError(path, f"{key}.method", f"name the method (known: {known}); found {name!r}")
-    spec = MethodSpec(name=name, fields=fields)
-    _guard(path, key, lambda: discover.make_method(spec))
-    return spec
+        raise BenchmarkFileError(path, f"{key}.method", f"name the method (known: {known}); found {shown(name, 60)}")
+    _guard(path, key, lambda: discover.method_class(name).from_json(fields))
+    return _guard(path, key, MethodSpec, name=name, fields=fields)
 
 
 def _task(path: Path, where: str, table: Table, choices: Choices) -> TaskRef:
@@ -331,15 +338,16 @@ def _task(path: Path, where: str, table: Table, choices: Choices) -> TaskRef:
     name = fields.pop("name", None)
     if not isinstance(name, str):
         known = ", ".join(discover.available(discover.TASKS))
-        raise BenchmarkFileError(path, "task.name", f"name the task (known: {known}); found {name!r}")
+        raise BenchmarkFileError(path, "task.name", f"name the task (known: {known}); found {shown(name, 60)}")
     cls = _guard(path, "task.name", lambda: discover.task_class(name))
     for option, value in (("model", choices.model), ("data", choices.data)):
         if value is not None:
             if option not in cls.field_names():
                 raise ParetoError(f"--{option}: the task {name} has no such field; it has {cls.field_names()}")
             fields[option] = value
-    _guard(path, f"task (with {where}.task)", lambda: cls.from_json(fields))
-    return TaskRef(name=name, fields=fields)
+    key = f"task (with {where}.task)"
+    _guard(path, key, lambda: cls.from_json(fields))
+    return _guard(path, key, TaskRef, name=name, fields=fields)
 
 
 def _training(path: Path, key: str, table: Table) -> Training:
@@ -369,9 +377,9 @@ def _guard(path: Path, key: str, make: typing.Callable[..., T], **values: Any) -
     try:
         return make(**values)
     except ConfigError as error:
-        problem = f"{error.field} = {error.value!r:.60}: {error.allowed}"
+        problem = f"{error.field} = {shown(error.value, 60)}: {error.allowed}"
         raise BenchmarkFileError(path, key, problem) from error
-    except UnknownNameError as error:
+    except ParetoError as error:
         raise BenchmarkFileError(path, key, str(error)) from error
 
 

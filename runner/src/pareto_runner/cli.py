@@ -1,28 +1,30 @@
 """The ``pareto`` command: arguments to specifications, progress on the terminal, exit codes.
 
-Exit codes: 0 all results are ok (or unsupported here), 1 some failed, 2 bad input.
+Exit codes of ``bench``: 0 all results are ok (or unsupported here), 1 some failed, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+from pareto_runner.questions import chosen_questions, headline, infos, parse_seeds, question_paths, selected
+from pareto_runner.terminal import Bars, console, errors, plan_table
 
+if TYPE_CHECKING:
     from pareto_core import Result, RunSpec
-    from pareto_runner.benchfile import Choices, Question
+    from pareto_runner.benchfile import Question
+    from pareto_runner.journal import Journal
 
 app = typer.Typer(
     add_completion=False,
@@ -30,8 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Measure what efficiency techniques cost and what they buy: accuracy, memory and latency, side by side.",
 )
-console = Console()
-errors = Console(stderr=True)
 
 Names = Annotated[
     list[str] | None,
@@ -49,6 +49,9 @@ Cases = Annotated[
 Nproc = Annotated[int, typer.Option(min=1, help="Training processes, started by DeepSpeed's launcher.")]
 Model = Annotated[str | None, typer.Option(help="Backbone instead of the task's: a hub name or a directory.")]
 Data = Annotated[str | None, typer.Option(help="Directory with the task's data.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Run again what has a result already.")]
+Limit = Annotated[float, typer.Option(min=0.01, help="Minutes of silence after which a process counts as hung.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, why, how long it took, and stop.")]
 Out = Annotated[Path, typer.Option(help="Where journal, report and logs are written.")]
 Benchmarks = Annotated[Path | None, typer.Option(help="Folder of benchmark files (default: found above here).")]
 Tracking = Annotated[str | None, typer.Option(help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI or sqlite).")]
@@ -66,12 +69,17 @@ def bench(
     model: Model = None,
     data: Data = None,
     all_questions: Annotated[bool, typer.Option("--all", help="Every question, not one per package.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    limit: Limit = 60.0,
     out: Out = Path("results"),
     benchmarks: Benchmarks = None,
     tracking_uri: Tracking = None,
 ) -> None:
     """Run benchmarks, log them to MLflow and write the report.
+
+    A result whose specification, code, lock, data and machine are the same stands and is not run again. What was cut
+    short goes on: the same command continues trainings from their checkpoints.
 
     Examples:  pareto bench  |  pareto bench adapters/krona_vs_lora --profile full
     """
@@ -81,20 +89,26 @@ def bench(
     questions = chosen_questions(names or [], benchmarks, all_questions)
     cases = [case for question in questions for case in selected(question, choices, only)]
     if dry_run:
-        console.print(plan(cases))
+        from pareto_runner.plan import Past
+
+        past = Past(journal_of(out).entries())
+        console.print(plan_table(past.plan([spec for _, specs in cases for spec in specs], fresh)))
         return
-    read_journal(out)  # a file that cannot be read is told now, not after hours
-    results = run_suite(cases, out, tracking_uri)
+    results, interrupted = run_suite(cases, out, tracking_uri, fresh, 60 * limit)
     if results:
         from pareto_runner.report import terminal_table
 
         console.print(terminal_table(results))
         report_path = write(out, questions)
-        console.print(f"Report: {report_path}\nCompare the runs: [bold]pareto ui[/]")
+        console.print(f"Report: {report_path}\nCompare the runs: pareto ui", soft_wrap=True)
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
-        errors.print(f"failed: {result.spec.variant} (seed {result.spec.seed}): {result.reason}", markup=False)
-    raise typer.Exit(1 if failed else 0)
+        errors.print(f"failed: {result.spec.variant} (seed {result.spec.seed}): {result.reason}")
+        if result.log:
+            errors.print(result.log, style="dim")
+    if interrupted:
+        errors.print("interrupted: what is done is kept; the same command goes on from here")
+    raise typer.Exit(130 if interrupted else 1 if failed else 0)
 
 
 @app.command("list")
@@ -108,7 +122,8 @@ def list_questions(benchmarks: Benchmarks = None) -> None:
         table.add_row(f"{path.parent.name}/{path.stem}", title, ", ".join(profiles))
     console.print(table)
     for group, label in ((discover.METHODS, "methods"), (discover.TASKS, "tasks")):
-        console.print(f"{label}: {', '.join(discover.available(group)) or 'none'}")
+        names = [name for name in discover.available(group) if not name.startswith(("selftest.", "faults."))]
+        console.print(f"{label}: {', '.join(names) or 'none'}")
 
 
 @app.command()
@@ -128,7 +143,7 @@ def report(out: Out = Path("results"), benchmarks: Benchmarks = None) -> None:
     """Write the report again from the journal."""
     from pareto_core import ParetoError
 
-    if not (out / "journal").is_dir():
+    if not journal_of(out).directory.is_dir():
         raise ParetoError(f"no results in {out}: run `pareto bench` first, or say where they are with --out")
     questions = chosen_questions([], benchmarks, all_questions=True)
     console.print(f"Report: {write(out, questions)}")
@@ -152,136 +167,130 @@ def ui(
         raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
-def parse_seeds(text: str | None) -> tuple[int, ...] | None:
-    """Read ``--seeds``: a count, or a list with commas."""
-    from pareto_core import ConfigError
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(help="A results folder, a journal folder, or a git commit of --out.")],
+    after: Annotated[str, typer.Argument(help="The same, of what is new.")],
+    out: Out = Path("results"),
+    across_machines: Annotated[
+        bool, typer.Option("--across-machines", help="Compare latencies of different machines too, and say so.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a comment.")] = False,
+) -> None:
+    """Say what got better or worse between two journals or commits.
 
-    if text is None:
-        return None
-    try:
-        numbers = tuple(int(part) for part in text.removesuffix(",").split(","))
-    except ValueError:
-        numbers = ()
-    chosen = numbers if "," in text or not numbers else tuple(range(numbers[0]))
-    if not chosen or min(chosen) < 0 or len(set(chosen)) != len(chosen):
-        raise ConfigError("command line", "--seeds", text, "give a count (3) or distinct seeds (0,7,42; one: 7,)")
-    return chosen
+    Exit codes for CI: 0 nothing got worse, 1 something did, 2 nothing could be compared.
+    """
+    from pareto_runner import changes
+
+    old, new = (changes.pick(name, journal_of(out)) for name in (before, after))
+    found = changes.compare_journals(old, new, across_machines)
+    if markdown:
+        print(changes.markdown(found))
+    else:
+        console.print(changes.terminal_table(found))
+    raise typer.Exit(changes.exit_code(found))
 
 
-def benchmarks_folder(given: Path | None) -> Path:
-    """Return the folder of benchmark files: the given one, or ``benchmarks`` here or in a folder above."""
+@app.command()
+def upload(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Results folders (default: results).")] = None,
+    tracking_uri: Tracking = None,
+) -> None:
+    """Bring results into MLflow that are not there yet, each once; exit code 1 where some could not be."""
     from pareto_core import ParetoError
+    from pareto_runner.upload import upload_journal
 
-    if given is not None:
-        if not given.is_dir():
-            raise ParetoError(f"--benchmarks: {given} is not a folder")
-        return given
-    for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder / "benchmarks").is_dir() and (folder / "runner").is_dir():
-            return folder / "benchmarks"
-    raise ParetoError("no folder of benchmarks above here: run this in a clone of Pareto, or give --benchmarks DIR")
-
-
-def question_paths(benchmarks: Path | None) -> list[Path]:
-    """Paths of all benchmark files."""
-    return sorted(benchmarks_folder(benchmarks).glob("*/*.toml"))
+    failed = False
+    for folder in folders or [Path("results")]:
+        journal = journal_of(folder)
+        if not journal.directory.is_dir():
+            raise ParetoError(f"no results in {folder}: name a folder that `pareto bench` wrote")
+        with console.status(f"{folder}: looking") as status:
+            done = upload_journal(journal.directory, tracking_uri, status.update)
+        console.print(f"{folder}: {done}", soft_wrap=True)
+        failed = failed or bool(done.failed)
+    raise typer.Exit(1 if failed else 0)
 
 
-def headline(path: Path) -> tuple[str, list[str]]:
-    """Title and profiles of a file, read without checking the rest."""
-    import tomllib
+@app.command()
+def clean(out: Out = Path("results")) -> None:
+    """Free the space of prepared models, checkpoints and logs; results, report and MLflow stay."""
+    from pareto_runner.artifacts import clean as remove
 
-    try:
-        values = tomllib.loads(path.read_text())
-        return str(values.get("title", "")), sorted(values.get("profiles", {}))
-    except (tomllib.TOMLDecodeError, OSError, TypeError, UnicodeDecodeError) as error:
-        return f"cannot be read: {error}", []
+    console.print(f"{out}: {remove(out) / 2**20:,.0f} MiB freed")
 
 
-def chosen_questions(names: Sequence[str], benchmarks: Path | None, all_questions: bool) -> list[Question]:
-    """Read the named files; without names the flagships, or all."""
-    from pareto_core import ParetoError, UnknownNameError
-    from pareto_runner import benchfile
+@app.command()
+def selftest(
+    pairs: Annotated[int, typer.Option(min=0, help="A/A pairs: equal processes that must not differ.")] = 0,
+    planted: Annotated[int, typer.Option(min=0, help="Planted slow-downs of 10 % that must be found.")] = 0,
+    out: Out = Path("results/selftest"),
+) -> None:
+    """Check the instruments against workloads that know the truth; exit code 1 where one is off."""
+    from pareto_runner.selftest import run as run_checks
 
-    if not names:
-        found = [benchfile.read(path) for path in question_paths(benchmarks)]
-        return [question for question in found if all_questions or question.content.flagship]
-    questions = []
-    for name in names:
-        if name.endswith(".toml"):
-            questions.append(benchfile.read(Path(name)))
-            continue
-        known = {f"{path.parent.name}/{path.stem}": path for path in question_paths(benchmarks)}
-        if name not in known:
-            raise UnknownNameError("question", name, known)
-        questions.append(benchfile.read(known[name]))
-    if not questions:
-        raise ParetoError("no questions to run")
-    return questions
+    raise typer.Exit(0 if run_checks(out, pairs, planted, console) else 1)
 
 
-def selected(question: Question, choices: Choices, only: str | None) -> Iterator[tuple[str, list[RunSpec]]]:
-    """Yield the cases of a question with the variants that ``only`` keeps."""
-    from pareto_core import UnknownNameError
-    from pareto_runner.benchfile import cases
-
-    for name, specs in cases(question, choices):
-        kept = [spec for spec in specs if only is None or matches(only, spec.variant)]
-        if not kept:
-            raise UnknownNameError("variant", only, {spec.variant for spec in specs})
-        yield name, kept
-
-
-def matches(pattern: str, variant: str) -> bool:
-    """Whether a variant's name contains the pattern, or matches it as a whole; case does not matter."""
-    low = variant.lower()
-    return pattern.lower() in low or fnmatch.fnmatchcase(low, pattern.lower())
-
-
-def plan(cases: Sequence[tuple[str, Sequence[RunSpec]]]) -> Table:
-    """What would run."""
-    table = Table("question", "variant", "stages", "seed", "task", "engine", "training")
-    for name, specs in cases:
-        for spec in specs:
-            stages = " → ".join("+".join(method.name for method in stage.methods) for stage in spec.stages)
-            training = spec.stages[0].training
-            budget = training.budget
-            amount = f"{budget.max_steps} steps" if budget.max_steps else f"{budget.epochs:g} epochs"
-            engine = f"{spec.engine.name}, ZeRO {spec.engine.zero_stage}, {spec.engine.precision}"
-            how = f"{amount}, batch {training.batch_size}, rate {training.learning_rate:g}"
-            table.add_row(name, spec.variant, stages, str(spec.seed), spec.task.name, engine, how)
-    return table
-
-
-def run_suite(cases: Sequence[tuple[str, Sequence[RunSpec]]], out: Path, tracking_uri: str | None) -> list[Result]:
-    """Build what DeepSpeed needs, then run everything under progress bars and log each result to MLflow."""
+def run_suite(
+    cases: Sequence[tuple[str, Sequence[RunSpec]]], out: Path, tracking_uri: str | None, fresh: bool, limit: float
+) -> tuple[list[Result], bool]:
+    """Run everything under progress bars and log it to MLflow; returns the results, and whether it was cut short."""
     from pareto_runner import discover
-    from pareto_runner.suite import Suite, build_deepspeed_op
-    from pareto_runner.tracking import Tracker
+    from pareto_runner.suite import Suite
+    from pareto_runner.upload import Uploader
 
     specs = [spec for _, group in cases for spec in group]
     target = discover.make_target(specs[0].target)
     probe = target.probe()
     console.print(f"target {target.name}: {probe.reason}")
-    if probe.available and target.deepspeed_accelerator and any(s.engine.name == "deepspeed" for s in specs):
-        with console.status("DeepSpeed starts (the first time it compiles a C++ extension: up to two minutes)"):
-            seconds = build_deepspeed_op(out, target.deepspeed_accelerator)
-        console.print(f"DeepSpeed is ready ({seconds:.0f} s)")
-    names = ", ".join(name for name, _ in cases)
-    with Tracker(tracking_uri) as tracker, Bars(len(specs)) as bars:
-        tracker.suite(names, {"target": target.name, "profile": specs[0].profile})
-        return Suite(out, bars, tracker.log).run(cases)
+    interrupted = False
+    with Uploader(tracking_uri, out / "logs") as uploader, Bars(len(specs)) as bars, interruptible():
+        suite = Suite(out, bars, uploader.log, fresh, limit)
+        try:
+            uploader.suite(", ".join(name for name, _ in cases), {"target": target.name, "profile": specs[0].profile})
+            suite.run(cases)
+        except KeyboardInterrupt:
+            interrupted = True
+        failed = any(result.status == "failed" for result in suite.results)
+        uploader.close("KILLED" if interrupted else "FAILED" if failed else "FINISHED")
+    for result in suite.unstored:
+        errors.print("this result could be stored nowhere, so here it is:")
+        print(json.dumps(result.to_json()))
+    if uploader.behind:
+        errors.print(
+            f"MLflow has not taken {len(uploader.behind)} results: {uploader.problem}\n"
+            f"They are safe in {out}/journal; `pareto upload {out}` brings them in.",
+            markup=False,
+            soft_wrap=True,
+        )
+    return suite.results, interrupted
 
 
-def read_journal(out: Path) -> list[Result]:
-    """Read the results under ``out``; raises ParetoError naming a file that is not one, and what to do."""
-    from pareto_core import ParetoError
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let an end that is asked for by a signal be handled like Ctrl-C; a second signal ends at once."""
+
+    def stop(number: int, _: Any) -> None:
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def journal_of(out: Path) -> Journal:
+    """The journal of a results folder."""
     from pareto_runner.journal import Journal
 
-    try:
-        return Journal(out / "journal").read()
-    except ParetoError as error:
-        raise ParetoError(f"{error}; move it away, or choose another folder with --out") from error
+    return Journal(out / "journal")
 
 
 def write(out: Path, questions: Sequence[Question]) -> Path:
@@ -289,83 +298,11 @@ def write(out: Path, questions: Sequence[Question]) -> Path:
     from pareto_runner.journal import latest
     from pareto_runner.report import write_report
 
-    results = latest(read_journal(out))
-    return write_report(results, {name: info for q in questions for name, info in infos(q).items()}, out)
-
-
-def infos(question: Question) -> dict[str, object]:
-    """What the report says about a question, for itself and each case of its profiles."""
-    from pareto_runner.sections import QuestionInfo, Reference
-
-    content = question.content
-    references = tuple(
-        Reference(r.table, r.caption, tuple(r.columns), {k: tuple(v) for k, v in r.rows.items()}, r.note)
-        for r in content.references
-    )
-    ours = {row: variant for reference in content.references for row, variant in reference.ours.items()}
-    names = [question.name]
-    names += [f"{question.name}/{case.name}" for profile in content.profiles.values() for case in profile.cases]
-    return {
-        name: QuestionInfo(
-            name=name,
-            title=content.title,
-            text=content.text,
-            baseline=content.baseline,
-            references=references,
-            ours=ours,
-        )
-        for name in names
-    }
-
-
-class Bars:
-    """Two progress bars: the suite, and the run that is going on. Implements suite.Watcher."""
-
-    def __init__(self, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._progress: Progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self._suite: TaskID = self._progress.add_task("suite", total=total)
-        self._run: TaskID = self._progress.add_task("starting", total=None)
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def begin(self, spec: RunSpec) -> None:
-        """Show the variant that is prepared."""
-        self._label = f"{spec.variant} · seed {spec.seed}"
-        self._progress.update(self._run, description=f"{self._label}: loading", total=None, completed=0)
-
-    def step(self, step: int, steps: int, loss: float) -> None:
-        """Show a training step."""
-        text = f"{self._label}: training, loss {loss:.3f}"
-        self._progress.update(self._run, description=text, total=steps, completed=step)
-        if not console.is_terminal and (step == steps or step % max(1, steps // 4) == 0):
-            console.print(f"{text} ({step}/{steps})")
-
-    def note(self, text: str) -> None:
-        """Show what else is going on."""
-        self._progress.update(self._run, description=text, total=None, completed=0)
-        if not console.is_terminal:
-            console.print(text)
-
-    def end(self, result: Result) -> None:
-        """Count a result."""
-        self._progress.advance(self._suite)
-        spec = result.spec
-        self._progress.console.print(
-            f"{result.status}: {spec.question} · {spec.variant} · seed {spec.seed}", markup=False
-        )
+    entries, damaged = journal_of(out).scan()
+    for item in damaged:
+        errors.print(f"left out: {item.path} is {item.reason}", soft_wrap=True)
+    about = {name: info for question in questions for name, info in infos(question).items()}
+    return write_report(latest(entry.result for entry in entries), about, out, damaged)
 
 
 def main() -> None:
@@ -375,7 +312,9 @@ def main() -> None:
     try:
         app()
     except ParetoError as error:
-        errors.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        errors.print(f"error: {error}", style="red", soft_wrap=True)
+        if log := getattr(error, "log", ""):  # the last words of a process that failed
+            errors.print(log, style="dim", soft_wrap=True)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,9 @@
-"""Child processes that talk in JSON lines: the parent blocks on their answers and survives their end."""
+"""Child processes that talk in JSON lines: the parent blocks on their answers, and survives and explains their end.
+
+No worker outlives its parent: each reads its standard input, and ends with its whole process group when that ends (the
+writer to MLflow first completes the run that it is at). No descendant outlives a child: when it ends, so does its
+group, and with it every pipe that the parent waits on.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,18 +24,19 @@ from pareto_core import ParetoError
 
 #: begins each line of a child's output that is meant for the parent; all others are its log
 MARK = "@pareto "
-LOG_TAIL = 12
+LOG_TAIL = 20
 
 
 class ChildError(ParetoError):
-    """A child that ended without finishing its work; the message says how, with the tail of its log.
+    """A child that ended without finishing its work; the message says how in a line, ``log`` ends with its last words.
 
     ``kind`` is ``unsupported`` where the child found that the work cannot be done here, ``failed`` otherwise.
     """
 
-    def __init__(self, message: str, kind: str = "failed") -> None:
+    def __init__(self, message: str, kind: str = "failed", log: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.log = log
 
 
 def environment(processes: int = 1, accelerator: str | None = None) -> dict[str, str]:
@@ -67,21 +74,32 @@ def say(message: Mapping[str, Any]) -> None:
 
 
 class Child:
-    """A worker process. Its lines that begin with the mark are messages; everything else goes to ``log``."""
+    """A worker process. Its lines that begin with the mark are messages; everything else goes to ``log``.
 
-    def __init__(self, command: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log_path = log
-        self._log = log.open("w")
-        self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=dict(variables),
-            text=True,
-            start_new_session=True,
-        )
+    Where it says nothing for ``limit`` seconds while the parent waits, it is ended.
+    """
+
+    def __init__(
+        self, command: Sequence[str], log: Path, variables: Mapping[str, str], limit: float | None = None
+    ) -> None:
+        self._log_path, self._limit = log, limit
+        self._expired = ""
+        self._out_of_memory_before = out_of_memory_kills()
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self._log = log.open("wb", buffering=0)
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=dict(variables),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ChildError(f"a process could not be started: {error}") from error
+        self._warden = threading.Thread(target=self._end_group, daemon=True)
+        self._warden.start()
 
     def __enter__(self) -> Self:
         return self
@@ -89,15 +107,20 @@ class Child:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int:
+        """Process id, which is the process group's too."""
+        return self._process.pid
+
     def messages(self) -> Iterator[dict[str, Any]]:
         """Yield the child's messages until its output ends; blocks, never polls."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        while line := self._line():
             if line.startswith(MARK):
-                yield json.loads(line.removeprefix(MARK))
-            else:
-                self._log.write(line)
-                self._log.flush()
+                with contextlib.suppress(ValueError):  # a line that was cut short by the child's end
+                    yield json.loads(line.removeprefix(MARK))
+                    continue
+            with contextlib.suppress(OSError):  # a full disk costs the log, not the run
+                self._log.write(line.encode())
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Send a command and wait for its answer; raises ChildError where the child ends or reports an error."""
@@ -108,53 +131,85 @@ class Child:
         """Send a command without waiting; raises ChildError where the child has ended."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.write((json.dumps(command) + "\n").encode())
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise ChildError(self.post_mortem()) from None
+            raise self.post_mortem() from None
 
     def answer(self) -> dict[str, Any]:
         """Wait for the answer to the last command; raises ChildError where the child ends or reports an error."""
         for answer in self.messages():
-            if "error" in answer:
-                raise ChildError(answer["error"], answer.get("kind", "failed"))
+            self.check(answer)
             return answer
-        raise ChildError(self.post_mortem())
+        raise self.post_mortem()
+
+    def check(self, message: Mapping[str, Any]) -> None:
+        """Raise ChildError where ``message`` reports an error."""
+        if "error" in message:
+            raise ChildError(message["error"], message.get("kind", "failed"), self.tail())
 
     def wait(self) -> int:
-        """Wait for the end; returns the exit status (negative: the signal)."""
+        """Wait for the end of the child and its group; returns the exit status (negative: the signal)."""
+        self._warden.join()
         return self._process.wait()
 
-    def post_mortem(self) -> str:
-        """Say how the child ended, with the tail of its log."""
+    def post_mortem(self) -> ChildError:
+        """Say how the child ended."""
         status = self.wait()
         how = f"ended with status {status}"
         if status < 0:
-            name = signal.Signals(-status).name
-            how = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        return f"the process {how}; log: {self.tail()}"
+            how = f"was killed by {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL and out_of_memory_kills() > self._out_of_memory_before:
+            how = "was killed by the kernel: out of memory"
+        return ChildError(f"the process {self._expired or how}", log=self.tail())
 
     def tail(self) -> str:
         """The last lines of the log."""
-        self._log.flush()
-        with self._log_path.open(errors="replace") as log:
-            lines = collections.deque((line.rstrip() for line in log if line.strip()), LOG_TAIL)
-        return "\n".join(lines) or "(empty)"
+        with contextlib.suppress(OSError), self._log_path.open(errors="replace") as log:
+            return "\n".join(collections.deque((line.rstrip() for line in log if line.strip()), LOG_TAIL))
+        return ""
 
     def close(self) -> None:
         """End the child and everything that it started."""
-        if self._process.poll() is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGTERM)
-                self._process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             # What was written to a child that is gone cannot be flushed.
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):
                 if stream is not None:
                     stream.close()
+
+    def _line(self) -> str:
+        """The next line of output, empty at its end."""
+        assert self._process.stdout is not None
+        timer = threading.Timer(self._limit, self._expire) if self._limit else None
+        if timer:
+            timer.daemon = True
+            timer.start()
+        try:
+            return self._process.stdout.readline().decode(errors="replace")
+        finally:
+            if timer:
+                timer.cancel()
+
+    def _expire(self) -> None:
+        self._expired = f"hung: it said nothing for {self._limit:g} s, and was ended"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _end_group(self) -> None:
+        """Wait for the child's end, then end what is left of its group; not reaped yet, its id is still its own."""
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def out_of_memory_kills() -> int:
+    """How often the kernel has killed a process for want of memory since it started; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat") as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0
 
 
 def worker_command(*arguments: str, processes: int = 1) -> list[str]:

@@ -65,13 +65,18 @@ class Journal:
                 problems.append(f"{directory}: {error.strerror or error}")
         raise JournalError(f"{name_of(result.spec)} could not be stored: {'; '.join(problems)}")
 
+    def scan(self) -> tuple[list[Entry], list[Damaged]]:
+        """Every result, in the order of writing, and the files that hold none."""
+        found = list(self._scan())
+        return [f for f in found if isinstance(f, Entry)], [f for f in found if isinstance(f, Damaged)]
+
     def entries(self) -> list[Entry]:
-        """Every result, in the order of writing; files that hold none are left out (see :meth:`damaged`)."""
-        return [found for found in self._scan() if isinstance(found, Entry)]
+        """Every result, in the order of writing."""
+        return self.scan()[0]
 
     def damaged(self) -> list[Damaged]:
         """The files that hold no result of this version."""
-        return [found for found in self._scan() if isinstance(found, Damaged)]
+        return self.scan()[1]
 
     def read(self) -> list[Result]:
         """Every result, in the order of writing."""
@@ -99,12 +104,16 @@ class Journal:
         with locked(self.directory / ".lock"):
             number = 1 + max((_number(path) for path in self.directory.iterdir()), default=0)
             slug = re.sub(r"[^a-z0-9]+", "-", name_of(result.spec).lower()).strip("-")[:150]
-            path = self.directory / f"{number:06d}-{slug}-{result.key or 'nokey'}.json"
+            key = re.sub(r"[^0-9A-Za-z]+", "", result.key)[:64] or "nokey"
+            path = self.directory / f"{number:06d}-{slug}-{key}.json"
             write_json(path, result.to_json())
         return path
 
     def _scan(self) -> Iterator[Entry | Damaged]:
         for path in sorted(self.directory.glob("*.json"), key=lambda path: (_number(path), path.name)):
+            if not path.is_file():
+                yield Damaged(path, "not a file")
+                continue
             try:
                 yield Entry(path, _number(path), Result.from_json(json.loads(path.read_text(encoding="utf-8"))))
             except (ValueError, RecursionError, ParetoError) as error:
@@ -113,7 +122,7 @@ class Journal:
                 yield Damaged(path, f"cannot be read: {error.strerror}")
 
     def _shelters(self) -> Iterator[Path]:
-        own = hashlib.sha256(str(self.directory.absolute()).encode()).hexdigest()[:12]
+        own = hashlib.sha256(os.fsencode(self.directory.absolute())).hexdigest()[:12]
         yield cache_directory() / "rescued" / own
         yield Path(tempfile.gettempdir()) / f"pareto-rescued-{os.getuid()}" / own
 
@@ -143,9 +152,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def latest(results: Iterable[Result]) -> list[Result]:
-    """Keep the last result of each question, variant, seed, target and profile, in the order of first appearance."""
-    kept: dict[tuple[str, str, int, str, str], Result] = {}
+    """Keep the last result of each question, variant, seed, target, profile and machine, as they first appeared."""
+    kept: dict[tuple[str, ...], Result] = {}
     for result in results:
         spec = result.spec
-        kept[spec.question, spec.variant, spec.seed, spec.target, spec.profile] = result
+        machine = json.dumps(result.machine, sort_keys=True)
+        kept[spec.question, spec.variant, str(spec.seed), spec.target, spec.profile, machine] = result
     return list(kept.values())

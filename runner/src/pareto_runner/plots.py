@@ -1,7 +1,6 @@
 """Figures of a report: Pareto fronts and training curves, legible in light and dark, small and large, without colour.
 
-Nothing here knows of results: a figure is drawn from points and lines. SVG text stays text; its ink is
-``currentColor``, so that a page or the reader's colour scheme decides it.
+Nothing here knows of results: a figure is drawn from points and lines.
 """
 
 from __future__ import annotations
@@ -9,49 +8,36 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from pareto_runner.drawing import Anchor, Area, Dot, Line, Picture, Words, text_width
 
 #: Okabe and Ito's colours (2008), told apart by the colour-blind too, without the yellow that white swallows and with
 #: a blue that shows on black
 COLOURS = ("#2B83C6", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-#: stands for the ink while matplotlib draws; replaced by ``currentColor`` in the SVG
-INK = "#010203"
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pareto",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.7,
-}
-PANEL_INCHES = (4.1, 3.3)
+PANEL_SIZE = (380.0, 310.0)
+CURVES_SIZE = (460.0, 310.0)
+#: pixels around what is plotted: left (beside the numbers of the axis), right, above, below
+LEFT, RIGHT, ABOVE, BELOW = 34.0, 14.0, 12.0, 46.0
+SMALL, NORMAL = 11.0, 12.0
 LABEL_LENGTH = 28
-#: distances of a label from its point, in typographic points, tried from near to far
-RADII = (7.0, 14.0, 24.0, 36.0)
+#: half the size of a marker
+MARKER = 4.5
+#: costs that differ by more than this factor get a logarithmic axis
+LOGARITHMIC_FROM = 8.0
+#: distances of a label from its point, tried from near to far
+RADII = (9.0, 18.0, 31.0, 47.0)
 DIRECTIONS = tuple(
     (math.cos(math.pi * k / 6), math.sin(math.pi * k / 6)) for k in (0, 6, 3, 9, 1, 5, 11, 7, 2, 4, 10, 8)
 )
 
+#: left, top, right, bottom
+Box = tuple[float, float, float, float]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """One variant in one panel; ``low`` and ``high`` are the ends of its error bars where it has them.
+    """One variant in one panel; the ranges are the ends of its error bars where it has them.
 
     ``series`` picks colour and marker. A ``compiled`` point is drawn, but takes no part in the front of measured ones.
     """
@@ -77,7 +63,7 @@ class Panel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Line:
+class Curve:
     """A training curve: mean over seeds, and the seeds' extremes."""
 
     label: str
@@ -86,6 +72,30 @@ class Line:
     mean: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Maps values from ``low`` to ``high`` to pixels from ``start`` to ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+
+    def at(self, value: float) -> float:
+        """Pixel of ``value``, at most one length of the axis outside of it."""
+        if self.logarithmic:
+            part = math.log(max(value, 1e-300) / self.low) / math.log(self.high / self.low)
+        else:
+            part = (value - self.low) / (self.high - self.low)
+        return self.start + min(2.0, max(-1.0, part)) * (self.end - self.start)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Round values inside of the scale, and how they are written."""
+        values = log_ticks(self.low, self.high) if self.logarithmic else linear_ticks(self.low, self.high)
+        return [(value, tick_text(value, self.high)) for value in values]
 
 
 def front(points: Sequence[Point], higher_is_better: bool = True) -> list[int]:
@@ -106,57 +116,48 @@ def front(points: Sequence[Point], higher_is_better: bool = True) -> list[int]:
     return kept
 
 
-def pareto_figure(panels: Sequence[Panel]) -> Figure:
-    """Draw one scatter per panel, side by side."""
-    figure, axes = _figure(len(panels))
-    for axis, panel in zip(axes, panels, strict=True):
-        _draw_panel(axis, panel)
-    return figure
+def pareto_picture(panel: Panel) -> Picture:
+    """Draw a panel: points, their error bars and names, and the staircase through the front."""
+    xs = [value for point in panel.points for value in (point.x, *(point.x_range or ()))]
+    ys = [value for point in panel.points for value in (point.y, *(point.y_range or ()))]
+    picture, x, y = _axes(PANEL_SIZE, _cost_limits(xs), _score_limits(ys), panel.x_label, panel.y_label)
+    best = front(panel.points, panel.higher_is_better)
+    stairs = _stairs([panel.points[i] for i in best], x, y, panel.higher_is_better)
+    if stairs:
+        picture.items.append(Line(dots=stairs, width=1.4, opacity=0.45))
+    for i, point in enumerate(panel.points):
+        picture.items += _bars(point, x, y)
+        picture.items += _marker(point, x, y, on_front=i in best)
+    hint = Words(x=x.start + 5, y=y.end + 7, text="↖ better", size=SMALL, opacity=0.6)
+    if not panel.higher_is_better:
+        hint = dataclasses.replace(hint, y=y.start - 9, text="↙ better")
+    picture.items.append(hint)
+    picture.items += _names(panel.points, set(best), stairs, hint, x, y)
+    return picture
 
 
-def curves_figure(lines: Sequence[Line]) -> Figure:
-    """Draw training loss by optimizer step, each line named at its end; there must be a line."""
-    figure, (axis,) = _figure(1)
-    axis.set(xlabel="Optimizer step", ylabel="Training loss")
-    for line in lines:
-        colour = COLOURS[line.series % len(COLOURS)]
-        axis.fill_between(line.steps, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-        axis.plot(line.steps, line.mean, color=colour, linewidth=1.6)
-    _name_lines(axis, lines)
-    return figure
-
-
-def svg(figure: Figure, prefix: str = "", standalone: bool = True) -> str:
-    """Return ``figure`` as SVG text with a transparent ground.
-
-    ``prefix`` keeps identifiers apart where several figures share a page. A ``standalone`` one carries the rule that
-    makes its ink light on dark screens; otherwise the page around it decides.
-    """
-    import io
-
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": "Pareto"})
-    text = buffer.getvalue().replace(INK, "currentColor")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}", text)
-    if standalone:
-        rule = "svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"
-        return '<?xml version="1.0" encoding="utf-8"?>\n' + text.replace("<defs>", f"<style>{rule}</style><defs>", 1)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
-
-
-def save_png(figure: Figure, path: Any) -> None:
-    """Write ``figure`` on white, 160 dots per inch."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, format="png", dpi=160, facecolor="white", metadata={"Software": "Pareto"})
+def curves_picture(curves: Sequence[Curve]) -> Picture:
+    """Draw training loss by optimizer step, each curve named at its end; there must be a curve."""
+    labels = [clean(curve.label, 20) for curve in curves]
+    room = max(text_width(label, NORMAL) for label in labels) + 14
+    steps = (min(curve.steps[0] for curve in curves), max(curve.steps[-1] for curve in curves))
+    losses = _score_limits([value for curve in curves for value in (*curve.low, *curve.high)])
+    picture, x, y = _axes(CURVES_SIZE, (*steps, False), losses, "Optimizer step", "Training loss", room)
+    for curve in curves:
+        colour = COLOURS[curve.series % len(COLOURS)]
+        places = [x.at(step) for step in curve.steps]
+        upper = [(place, y.at(value)) for place, value in zip(places, curve.high, strict=True)]
+        lower = [(place, y.at(value)) for place, value in zip(places, curve.low, strict=True)]
+        if curve.low != curve.high:
+            picture.items.append(Area(dots=(*upper, *reversed(lower)), colour=colour, opacity=0.15))
+        mean = tuple((place, y.at(value)) for place, value in zip(places, curve.mean, strict=True))
+        picture.items.append(Line(dots=mean, colour=colour, width=2))
+    ends = [y.at(curve.mean[-1]) for curve in curves]
+    for curve, label, end, place in zip(curves, labels, ends, spread(ends, 1.25 * NORMAL), strict=True):
+        colour = COLOURS[curve.series % len(COLOURS)]
+        picture.items.append(Line(dots=((x.at(curve.steps[-1]), end), (x.end + 9, place)), colour=colour, width=1.4))
+        picture.items.append(Words(x=x.end + 12, y=place, text=label))
+    return picture
 
 
 def clean(label: str, length: int = LABEL_LENGTH) -> str:
@@ -165,203 +166,29 @@ def clean(label: str, length: int = LABEL_LENGTH) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _figure(count: int) -> tuple[Figure, list[Axes]]:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        width, height = PANEL_INCHES
-        figure = Figure(figsize=(width * count, height))
-        FigureCanvasAgg(figure)
-        axes = list(figure.subplots(1, count, squeeze=False)[0])
-        for i, axis in enumerate(axes):
-            axis.set_position(((i + 0.15) / count, 0.16, 0.81 / count, 0.80))
-            axis.grid(True)
-            axis.set_axisbelow(True)
-    return figure, axes
+def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """At most ``most`` multiples of 1, 2 or 5 times a power of ten between ``low`` and ``high``."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    steps = (factor * power for factor in (1, 2, 5, 10, 20))
+    step = next(step for step in steps if math.floor(high / step) - math.ceil(low / step) < most)
+    return [count * step for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _draw_panel(axis: Axes, panel: Panel) -> None:
-    """Draw the points, the staircase through the front, and the names."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
-        _scale(axis, panel.points)
-        best = front(panel.points, panel.higher_is_better)
-        _draw_staircase(axis, [panel.points[i] for i in best], panel.higher_is_better)
-        for i, point in enumerate(panel.points):
-            _draw_point(axis, point, on_front=i in best)
-        corner, word = ((0.015, 0.985), "↖ better") if panel.higher_is_better else ((0.015, 0.015), "↙ better")
-        side = "top" if panel.higher_is_better else "bottom"
-        note = axis.text(*corner, word, transform=axis.transAxes, va=side, ha="left", fontsize=8, alpha=0.6)
-        _name_points(axis, panel.points, set(best), [note])
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Powers of ten between ``low`` and ``high``, at most ``most``; where they are few, also 2 and 5 times them."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    stride = max(1, -(-(last - first + 1) // most))
+    factors = (1, 2, 5) if last - first < 2 else (1,)
+    values = [factor * 10.0**power for power in range(first - 1, last + 1, stride) for factor in factors]
+    return [value for value in values if low <= value <= high]
 
 
-def _scale(axis: Axes, points: Sequence[Point]) -> None:
-    """Set scale and limits; a narrow spread of costs is shown as narrow, not blown up to the panel's width."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    xs = [value for point in points for value in (point.x, *(point.x_range or ()))]
-    ys = [value for point in points for value in (point.y, *(point.y_range or ()))]
-    low, high = min(xs), max(xs)
-    if low > 0 and high / low > 8:
-        axis.set_xscale("log")
-        grow = (high / low) ** 0.12
-        axis.set_xlim(low / grow, high * grow)
-        axis.xaxis.set_major_locator(LogLocator(numticks=6))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        middle, half = (low + high) / 2, max((high - low) / 2, 0.1 * abs(low + high) / 2, 1e-9)
-        axis.set_xlim(middle - 1.3 * half, middle + 1.3 * half)
-        axis.locator_params(axis="x", nbins=5)
-    axis.xaxis.set_major_formatter(EngFormatter(sep="") if high >= 1e4 else _plain_number)
-    middle, half = (min(ys) + max(ys)) / 2, max((max(ys) - min(ys)) / 2, 0.01 * abs(max(ys)), 1e-9)
-    axis.set_ylim(middle - 1.3 * half, middle + 1.3 * half)
-    axis.locator_params(axis="y", nbins=6)
-
-
-def _plain_number(value: float, _: float) -> str:
-    return f"{value:g}"
-
-
-def _draw_staircase(axis: Axes, best: Sequence[Point], higher_is_better: bool) -> None:
-    """Draw the edge of what is reachable: at each cost, the best score that a variant on the front has."""
-    if not best:
-        return
-    bottom, top = axis.get_ylim()
-    xs = [best[0].x, *(point.x for point in best), axis.get_xlim()[1]]
-    ys = [bottom if higher_is_better else top, *(point.y for point in best), best[-1].y]
-    axis.plot(xs, ys, drawstyle="steps-post", color=INK, alpha=0.45, linewidth=1.1, zorder=1.5, label="front")
-
-
-def _draw_point(axis: Axes, point: Point, on_front: bool) -> None:
-    colour = COLOURS[point.series % len(COLOURS)]
-    bars: dict[str, Any] = {}
-    if point.x_range is not None:
-        bars["xerr"] = [[max(0.0, point.x - point.x_range[0])], [max(0.0, point.x_range[1] - point.x)]]
-    if point.y_range is not None:
-        bars["yerr"] = [[max(0.0, point.y - point.y_range[0])], [max(0.0, point.y_range[1] - point.y)]]
-    if bars:
-        axis.errorbar(point.x, point.y, **bars, fmt="none", ecolor=colour, elinewidth=1.1, alpha=0.55, zorder=2)
-    axis.plot(
-        point.x,
-        point.y,
-        marker=MARKERS[point.series % len(MARKERS)],
-        markersize=7,
-        color=colour,
-        markerfacecolor=colour if on_front else "none",
-        markeredgewidth=1.5,
-        alpha=1.0 if on_front else 0.6,
-        linestyle="none",
-        zorder=3,
-    )
-
-
-def _name_points(axis: Axes, points: Sequence[Point], best: set[int], taken: Sequence[Any]) -> None:
-    """Write each point's name beside it, in the free place nearest to it, and join the two where that is far."""
-    from matplotlib.transforms import Bbox
-
-    figure = axis.figure
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    dot = figure.dpi / 72
-    centres = [axis.transData.transform((point.x, point.y)) for point in points]
-    obstacles = [Bbox.from_bounds(x - 5 * dot, y - 5 * dot, 10 * dot, 10 * dot) for x, y in centres]
-    obstacles += [box for point in points for box in _bars(axis, point, dot)]
-    obstacles += [box for line in axis.lines if line.get_label() == "front" for box in _stairs(axis, line, dot)]
-    placed = [artist.get_window_extent(renderer) for artist in taken]
-    inside = Bbox.from_extents(axis.bbox.x0, axis.bbox.y0, axis.bbox.x1 + 8 * dot, axis.bbox.y1 + 6 * dot)
-    for i in sorted(range(len(points)), key=lambda i: (i not in best, -centres[i][1])):
-        name = clean(points[i].label) + (" (compiled)" if points[i].compiled else "")
-        text = axis.text(0, 0, name, fontsize=9, parse_math=False, alpha=1.0 if i in best else 0.7, zorder=4)
-        text.set_transform(None)
-        size = text.get_window_extent(renderer)
-        box, radius = _free_place(centres[i], size.width, size.height, obstacles, placed, inside, dot)
-        placed.append(box)
-        text.set_transform(axis.transAxes)
-        text.set_position(tuple(axis.transAxes.inverted().transform((box.x0, (box.y0 + box.y1) / 2))))
-        text.set_verticalalignment("center")
-        if radius > RADII[1]:
-            near = (min(max(centres[i][0], box.x0), box.x1), min(max(centres[i][1], box.y0), box.y1))
-            ends = axis.transAxes.inverted().transform([centres[i], near])
-            axis.plot(*ends.T, transform=axis.transAxes, color=INK, alpha=0.35, linewidth=0.6, zorder=1.8)
-
-
-def _bars(axis: Axes, point: Point, dot: float) -> list[Any]:
-    from matplotlib.transforms import Bbox
-
-    boxes = []
-    for ends in (
-        [(x, point.y) for x in point.x_range] if point.x_range else [],
-        [(point.x, y) for y in point.y_range] if point.y_range else [],
-    ):
-        if ends:
-            (x0, y0), (x1, y1) = axis.transData.transform(ends)
-            boxes.append(Bbox.from_extents(x0 - dot, y0 - dot, x1 + dot, y1 + dot))
-    return boxes
-
-
-def _stairs(axis: Axes, line: Any, dot: float) -> list[Any]:
-    """Boxes around the horizontal and vertical parts of the staircase."""
-    from matplotlib.transforms import Bbox
-
-    corners = axis.transData.transform(list(zip(*line.get_data(), strict=True)))
-    boxes = []
-    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
-        boxes.append(Bbox.from_extents(x0, y0 - dot, x1, y0 + dot))
-        boxes.append(Bbox.from_extents(x1 - dot, min(y0, y1), x1 + dot, max(y0, y1)))
-    return boxes
-
-
-def _free_place(
-    centre: Any, width: float, height: float, obstacles: Sequence[Any], placed: Sequence[Any], inside: Any, dot: float
-) -> tuple[Any, float]:
-    """Return the cheapest box for a label of ``width`` and ``height`` pixels, and its distance in points."""
-    from matplotlib.transforms import Bbox
-
-    def cost(box: Any, radius: float) -> float:
-        clash = 6 * sum(_overlap(box, other) for other in placed) + 2 * sum(_overlap(box, other) for other in obstacles)
-        outside = box.width * box.height - _overlap(box, inside)
-        return (clash + 8 * outside) / (width * height) + radius / 80
-
-    options: list[tuple[float, int, Any, float]] = []
-    for radius in RADII:
-        for dx, dy in DIRECTIONS:
-            x = centre[0] + radius * dot * dx + (0 if dx > 0.01 else -width if dx < -0.01 else -width / 2)
-            y = centre[1] + radius * dot * dy - height / 2 + (height / 2 * dy)
-            box = Bbox.from_bounds(x, y, width, height)
-            options.append((cost(box, radius), len(options), box, radius))
-    _, _, box, radius = min(options)
-    return box, radius
-
-
-def _overlap(a: Any, b: Any) -> float:
-    wide = float(min(a.x1, b.x1) - max(a.x0, b.x0))
-    tall = float(min(a.y1, b.y1) - max(a.y0, b.y0))
-    return wide * tall if wide > 0 and tall > 0 else 0.0
-
-
-def _name_lines(axis: Axes, lines: Sequence[Line]) -> None:
-    """Write each line's name to the right of its end; names that would touch are pushed apart."""
-    figure = axis.figure
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    end = max(line.steps[-1] for line in lines)
-    start = min(line.steps[0] for line in lines)
-    axis.set_xlim(start, end)
-    axis.locator_params(nbins=6)
-    bounds = axis.get_position()
-    style = {"color": INK, "fontsize": 9, "va": "center", "parse_math": False}
-    texts = [axis.text(0, 0, clean(line.label, 20), **style) for line in lines]
-    width = max(text.get_window_extent(renderer).width for text in texts) / figure.bbox.width
-    axis.set_position((bounds.x0, bounds.y0, bounds.width - width - 0.01, bounds.height))
-    height = 1.15 * texts[0].get_window_extent(renderer).height / axis.get_window_extent(renderer).height
-    wanted = [axis.transAxes.inverted().transform(axis.transData.transform((end, line.mean[-1])))[1] for line in lines]
-    for i, y in zip(range(len(lines)), spread(wanted, height), strict=True):
-        texts[i].set_transform(axis.transAxes)
-        texts[i].set_position((1.025, y))
-        colour = COLOURS[lines[i].series % len(COLOURS)]
-        axis.plot((1.0, 1.02), (wanted[i], y), transform=axis.transAxes, clip_on=False, linewidth=1.2, color=colour)
+def tick_text(value: float, largest: float) -> str:
+    """Write a value of an axis that reaches up to ``largest``: with k, M, G from ten thousand on."""
+    if 1e4 <= largest < 1e15 and abs(value) >= 1000:
+        power = min(4, int(math.log10(abs(value)) / 3 + 1e-9))
+        return f"{value / 1000**power:.6g}{' kMGT'[power]}"
+    return f"{value:.6g}" if abs(value) > 1e-12 * abs(largest) else "0"
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -379,3 +206,168 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     for i, place in zip(order, places, strict=True):
         result[i] = place
     return result
+
+
+def _cost_limits(values: Sequence[float]) -> tuple[float, float, bool]:
+    """Limits of a cost's axis, and whether it is logarithmic; a narrow spread is shown as narrow, not blown up."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > LOGARITHMIC_FROM:
+        grow = (high / low) ** 0.12
+        return low / grow, high * grow, True
+    middle, half = (low + high) / 2, max((high - low) / 2, 0.1 * abs(low + high) / 2, 1e-9)
+    return middle - 1.3 * half, middle + 1.3 * half, False
+
+
+def _score_limits(values: Sequence[float]) -> tuple[float, float]:
+    middle = (min(values) + max(values)) / 2
+    half = max((max(values) - min(values)) / 2, 0.01 * max(map(abs, values)), 1e-9)
+    return middle - 1.3 * half, middle + 1.3 * half
+
+
+def _axes(
+    size: Dot,
+    x_limits: tuple[float, float, bool],
+    y_limits: tuple[float, float],
+    x_label: str,
+    y_label: str,
+    room: float = 0.0,
+) -> tuple[Picture, Scale, Scale]:
+    """Draw grid, axes, numbers and titles; ``room`` is kept free at the right. Returns the picture and its scales."""
+    picture = Picture(*size)
+    y = Scale(*y_limits, start=size[1] - BELOW, end=ABOVE)
+    left = LEFT + max((text_width(text, SMALL) for _, text in y.ticks()), default=0.0)
+    x = Scale(x_limits[0], x_limits[1], left, size[0] - RIGHT - room, x_limits[2])
+    for place, text in [(x.at(value), text) for value, text in _apart(x.ticks(), x.at)]:
+        picture.items.append(Line(dots=((place, y.start), (place, y.end)), opacity=0.12))
+        picture.items.append(Words(x=place, y=y.start + 12, text=text, size=SMALL, anchor="middle"))
+    for place, text in [(y.at(value), text) for value, text in y.ticks()]:
+        picture.items.append(Line(dots=((x.start, place), (x.end, place)), opacity=0.12))
+        picture.items.append(Words(x=x.start - 6, y=place, text=text, size=SMALL, anchor="end"))
+    picture.items.append(Line(dots=((x.start, y.end), (x.start, y.start), (x.end, y.start)), opacity=0.8))
+    middle = (y.start + y.end) / 2
+    picture.items.append(Words(x=(x.start + x.end) / 2, y=size[1] - 13, text=clean(x_label, 50), anchor="middle"))
+    picture.items.append(Words(x=11, y=middle, text=clean(y_label, 40), anchor="middle", upwards=True))
+    return picture, x, y
+
+
+def _apart(ticks: Sequence[tuple[float, str]], at: Callable[[float], float]) -> Iterator[tuple[float, str]]:
+    """Leave out ticks whose words would touch those before them."""
+    reached = -math.inf
+    for value, text in ticks:
+        half = text_width(text, SMALL) / 2
+        if at(value) - half > reached + 4:
+            reached = at(value) + half
+            yield value, text
+
+
+def _stairs(best: Sequence[Point], x: Scale, y: Scale, higher_is_better: bool) -> tuple[Dot, ...]:
+    """The edge of what is reachable: at each cost, the best score that a variant on the front has."""
+    if not best:
+        return ()
+    level = y.start if higher_is_better else y.end
+    dots = [(x.at(best[0].x), level)]
+    for point in best:
+        dots += [(x.at(point.x), dots[-1][1]), (x.at(point.x), y.at(point.y))]
+    return (*dots, (x.end, dots[-1][1]))
+
+
+def _bars(point: Point, x: Scale, y: Scale) -> list[Line]:
+    """Error bars of a point."""
+    colour = COLOURS[point.series % len(COLOURS)]
+    ends = []
+    if point.x_range is not None:
+        ends.append(((x.at(point.x_range[0]), y.at(point.y)), (x.at(point.x_range[1]), y.at(point.y))))
+    if point.y_range is not None:
+        ends.append(((x.at(point.x), y.at(point.y_range[0])), (x.at(point.x), y.at(point.y_range[1]))))
+    return [Line(dots=dots, colour=colour, width=1.4, opacity=0.55) for dots in ends]
+
+
+def _polygon(corners: int, turn: float = 0.0, size: float = 1.0) -> tuple[Dot, ...]:
+    angles = [math.pi * (2 * k / corners + turn) for k in range(corners)]
+    return tuple((size * math.sin(angle), -size * math.cos(angle)) for angle in angles)
+
+
+def _cross() -> tuple[Dot, ...]:
+    arm = ((0.4, -1.1), (0.4, -0.4), (1.1, -0.4), (1.1, 0.4))
+    return tuple(
+        (x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn))
+        for turn in (0, math.pi / 2, math.pi, 3 * math.pi / 2)
+        for x, y in arm[:3]
+    )
+
+
+#: outlines of markers around (0, 0): circle, square, triangles, diamond, plus, pentagon, hexagon
+MARKERS = (
+    _polygon(24),
+    _polygon(4, 1 / 4, 1.25),
+    _polygon(3, 0, 1.3),
+    _polygon(4, 0, 1.3),
+    _polygon(3, 1, 1.3),
+    _cross(),
+    _polygon(5, 0, 1.15),
+    _polygon(6, 0, 1.15),
+)
+
+
+def _marker(point: Point, x: Scale, y: Scale, on_front: bool) -> list[Area | Line]:
+    """A point's marker: filled on the front, hollow and fainter behind it."""
+    colour = COLOURS[point.series % len(COLOURS)]
+    outline = MARKERS[point.series % len(MARKERS)]
+    dots = tuple((x.at(point.x) + MARKER * dx, y.at(point.y) + MARKER * dy) for dx, dy in outline)
+    if on_front:
+        return [Area(dots=dots, colour=colour)]
+    return [Line(dots=(*dots, *dots[:2]), colour=colour, width=1.6, opacity=0.7)]
+
+
+def _names(
+    points: Sequence[Point], best: set[int], stairs: Sequence[Dot], hint: Words, x: Scale, y: Scale
+) -> Iterator[Words | Line]:
+    """Each point's name beside it, in the free place nearest to it, joined to it by a line where that is far."""
+    centres = [(x.at(point.x), y.at(point.y)) for point in points]
+    obstacles = [(cx - 6, cy - 6, cx + 6, cy + 6) for cx, cy in centres]
+    bars = [bar.dots for point in points for bar in _bars(point, x, y)]
+    obstacles += [_around(*ends) for ends in (*bars, *itertools.pairwise(stairs))]
+    taken = [(hint.x, hint.y - SMALL / 2, hint.x + text_width(hint.text, SMALL), hint.y + SMALL / 2)]
+    inside = (x.start, y.end - 8, x.end + RIGHT - 3, y.start)
+    for i in sorted(range(len(points)), key=lambda i: (i not in best, centres[i][1])):
+        name = clean(points[i].label) + (" (compiled)" if points[i].compiled else "")
+        box, radius, side = _free_place(centres[i], text_width(name, NORMAL), obstacles, taken, inside)
+        taken.append(box)
+        middle = (box[1] + box[3]) / 2
+        place = {"start": box[0], "middle": (box[0] + box[2]) / 2, "end": box[2]}[side]
+        yield Words(x=place, y=middle, text=name, anchor=side, opacity=1.0 if i in best else 0.75)
+        if radius > RADII[1]:
+            near = (min(max(centres[i][0], box[0]), box[2]), min(max(centres[i][1], box[1]), box[3]))
+            yield Line(dots=(centres[i], near), width=0.8, opacity=0.35)
+
+
+def _around(a: Dot, b: Dot) -> Box:
+    """A box around a line along an axis."""
+    return min(a[0], b[0]) - 1, min(a[1], b[1]) - 1, max(a[0], b[0]) + 1, max(a[1], b[1]) + 1
+
+
+def _free_place(
+    centre: Dot, width: float, obstacles: Sequence[Box], taken: Sequence[Box], inside: Box
+) -> tuple[Box, float, Anchor]:
+    """The cheapest box for a name of this width, its distance from the point, and its side that is next to that."""
+    height = 1.2 * NORMAL
+    found: tuple[float, Box, float, Anchor] = (math.inf, inside, 0.0, "start")
+    for radius, (dx, dy) in itertools.product(RADII, DIRECTIONS):
+        side: Anchor = "start" if dx > 0.01 else "end" if dx < -0.01 else "middle"
+        left = centre[0] + radius * dx - {"start": 0.0, "middle": width / 2, "end": width}[side]
+        top = centre[1] + radius * dy - height / 2 + height / 2 * dy
+        box = (left, top, left + width, top + height)
+        clash = 6 * sum(_overlap(box, other) for other in taken) + 2 * sum(_overlap(box, other) for other in obstacles)
+        clash += 8 * (width * height - _overlap(box, inside))
+        cost = clash / max(width * height, 1.0) + radius / 100
+        if cost < found[0]:
+            found = (cost, box, radius, side)
+        if clash < 1e-6:  # what is farther away cannot be cheaper
+            break
+    return found[1:]
+
+
+def _overlap(a: Box, b: Box) -> float:
+    wide = min(a[2], b[2]) - max(a[0], b[0])
+    tall = min(a[3], b[3]) - max(a[1], b[1])
+    return wide * tall if wide > 0 and tall > 0 else 0.0

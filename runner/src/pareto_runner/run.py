@@ -6,12 +6,12 @@ process per variant. Everything around them (command line, journal, MLflow, repo
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,17 @@ from pareto_core import Measurement, Method, ModelError, Record, Result, RunSpec
 from pareto_core.cache import write_json
 from pareto_core.weights import check_finite, freeze, parameter_counts, weight_bytes
 from pareto_runner import discover
-from pareto_runner.machine import context, machine
-from pareto_runner.memory import resident_host_bytes
-from pareto_runner.train import Loop, TrainingRun, distributed, init_deepspeed, make_loop, seed_everything, train
+from pareto_runner.checkpoint import CHECKPOINT_SECONDS, Checkpoints, identity_of
+from pareto_runner.compare import carried_quantile, paired_difference, resample_scores
+from pareto_runner.engines import Loop, distributed, init_deepspeed, make_loop
+from pareto_runner.machine import context, machine, packages_of
+from pareto_runner.phases import MIB, Phases
+from pareto_runner.randomness import seed_everything
+from pareto_runner.train import TrainingRun, train
 
 if TYPE_CHECKING:
     from torch import nn
 
-MIB = 2**20
 #: largest change of a logit that an exact ``finish`` may cause, relative to the largest logit
 FINISH_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
@@ -54,11 +57,29 @@ class Artifact:
         """Read what :meth:`write` wrote."""
         return cls(directory, Result.from_json(json.loads((directory / "result.json").read_text())))
 
+    def records(self) -> list[Record]:
+        """The scored records of the evaluation split."""
+        return [Record(**record) for record in json.loads((self.directory / "records.json").read_text())]
 
-def prepare(spec: RunSpec, directory: Path, labels: Path | None = None, on_step: OnStep = lambda *_: None) -> Artifact:
+    def libraries(self) -> list[str]:
+        """Python modules that define what the deployed model is made of."""
+        names: list[str] = json.loads((self.directory / "libraries.json").read_text())
+        return names
+
+
+def prepare(
+    spec: RunSpec,
+    directory: Path,
+    labels: Path | None = None,
+    on_step: OnStep = lambda *_: None,
+    note: Callable[[str], None] = lambda _: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Artifact:
     """Build, train, finish, score and save one variant in this process; every phase has its time and peak memory.
 
-    ``labels`` is the artifact of the variant that a stage's ``labels_from`` names.
+    ``labels`` is the artifact of the variant that a stage's ``labels_from`` names. Training goes on from the checkpoint
+    of an earlier process that was cut short in the same directory, and leaves one every ``checkpoint_seconds``; what
+    becomes of them goes to ``note``.
     """
     target, task = discover.make_target(spec.target), discover.make_task(spec.task)
     methods = [[discover.make_method(method) for method in stage.methods] for stage in spec.stages]
@@ -75,12 +96,22 @@ def prepare(spec: RunSpec, directory: Path, labels: Path | None = None, on_step:
         model: Any = task.frozen_backbone()
     teachers: dict[str, Any] = keep_teachers(spec.stages, "backbone", model)
     curve: list[tuple[int, float]] = []
-    for stage, together in zip(spec.stages, methods, strict=True):
+    resumed = 0
+    for number, (stage, together) in enumerate(zip(spec.stages, methods, strict=True)):
         own_task = stage_task if stage.labels_from else task
         work = StageWork(spec, stage, together, target, own_task, phases, teachers)
-        model, run = work.train(model, on_step)
+        checkpoints = Checkpoints(
+            directory / "checkpoint" / f"stage{number}",
+            identity_of(spec, number, own_task.data_revision()),
+            phases,
+            note,
+            checkpoint_seconds,
+            keep_trained=number + 1 < len(spec.stages),
+        )
+        model, run = work.train(model, on_step, checkpoints)
         if run is not None:
             curve += [(len(curve) + step, loss) for step, loss in run.curve]
+            resumed += run.resumed_steps
             phases.add(training_measurements(run))
         with phases("finish"):
             model = work.finish(model)
@@ -88,6 +119,10 @@ def prepare(spec: RunSpec, directory: Path, labels: Path | None = None, on_step:
     with phases("evaluate"):
         records = task.records(model, task.evaluation_split)
         scores = task.score(records)
+    with phases("resample"):
+        resampled = resample_scores(task, records)
+    if resumed:
+        phases.add([Measurement(name="resumed_steps", value=resumed, unit="steps")])
     phases.add(score_measurements(scores, len(records)))
     phases.add([Measurement(name="weight_mib", value=weight_bytes(model) / MIB, unit="MiB")])
     method = methods[-1][-1]
@@ -97,8 +132,9 @@ def prepare(spec: RunSpec, directory: Path, labels: Path | None = None, on_step:
         measurements=tuple(phases.measurements()),
         metric=task.primary_metric.name,
         higher_is_better=task.primary_metric.higher_is_better,
+        resampled=resampled,
         machine=machine(),
-        context=context(),
+        context=context(packages_of(spec)),
         curve=tuple(curve),
         data=revision,
         paper=dataclasses.asdict(method.paper) if method.paper else {},
@@ -108,6 +144,7 @@ def prepare(spec: RunSpec, directory: Path, labels: Path | None = None, on_step:
         method.save(model, directory / "deployed")
         save_reference(task, model, target, directory, records)
         artifact.write()
+        shutil.rmtree(directory / "checkpoint", ignore_errors=True)
     return artifact
 
 
@@ -165,7 +202,7 @@ class StageWork:
         trained: nn.Module = model
         return trained
 
-    def train(self, model: Any, on_step: OnStep) -> tuple[Any, TrainingRun | None]:
+    def train(self, model: Any, on_step: OnStep, checkpoints: Checkpoints) -> tuple[Any, TrainingRun | None]:
         """Build and, where anything is trainable, train; returns the model and what training left."""
         model = self.build(model)
         trainable, total = parameter_counts(model)
@@ -176,7 +213,7 @@ class StageWork:
             loop = self.loop(model)
         with self.phases("train"):
             seed = self.spec.seed
-            run = train(loop, model, self.task, self.methods, self.stage.training, seed, on_step)
+            run = train(loop, model, self.task, self.methods, self.stage.training, seed, on_step, checkpoints)
         return loop.finish().eval(), run
 
     def finish(self, model: Any) -> Any:
@@ -192,45 +229,6 @@ class StageWork:
                 names = ", ".join(type(method).__name__ for method in self.methods)
                 raise ModelError(f"finish of {names} changed the outputs by {difference:.1e} relative")
         return model
-
-
-class Phases:
-    """Times phases and reads the peak memory of each; a phase entered again adds up."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._base = 0
-        self._seconds: dict[str, float] = {}
-        self._peaks: dict[str, int] = {}
-        self._others: dict[str, Measurement] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Run the body as the phase ``name``."""
-        self._target.reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        self._target.synchronize()
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-        self._peaks[name] = max(self._peaks.get(name, 0), self._target.peak_memory())
-
-    def start_from_here(self) -> None:
-        """Take what the process holds now (libraries, data) as the base that host peaks are counted from."""
-        idle = resident_host_bytes()
-        self._base = idle if self._target.device == "cpu" else 0
-        self.add([Measurement(name="idle_mib", value=idle / MIB, unit="MiB")])
-
-    def add(self, measurements: Sequence[Measurement]) -> None:
-        """Keep ``measurements``; a later one of the same name replaces the earlier."""
-        self._others.update({item.name: item for item in measurements})
-
-    def measurements(self) -> list[Measurement]:
-        """Everything noted, seconds and training peak included."""
-        found = [Measurement(name=f"time_s.{name}", value=value, unit="s") for name, value in self._seconds.items()]
-        if "train" in self._peaks:
-            peak = (self._peaks["train"] - self._base) / MIB
-            found.append(Measurement(name="train_peak_mib", value=peak, unit="MiB"))
-        return [*self._others.values(), *found]
 
 
 def check_requests(spec: RunSpec, task: Task) -> None:
@@ -262,13 +260,15 @@ def load_deployed(artifact: Artifact) -> Any:
 
 def training_measurements(run: TrainingRun) -> list[Measurement]:
     """Median step with its spread (the first step, which warms up, left out where there are more), and throughput."""
-    import numpy as np
-
-    times = np.array(run.step_seconds[1:] or run.step_seconds) * 1000
-    low, high = np.quantile(times, [0.1, 0.9]) if len(times) >= 10 else (None, None)
+    times = [1000 * seconds for seconds in run.step_seconds[1:] or run.step_seconds]
     return [
         Measurement(
-            name="train_step_alone_ms", value=float(np.median(times)), unit="ms", samples=len(times), low=low, high=high
+            name="train_step_alone_ms",
+            value=statistics.median(times),
+            unit="ms",
+            samples=len(times),
+            low=carried_quantile(times, 0.1),
+            high=carried_quantile(times, 0.9),
         ),
         Measurement(name="samples_per_second", value=run.samples_per_second, unit="1/s", samples=len(run.curve)),
         Measurement(name="training_steps", value=len(run.curve), unit="steps"),
@@ -312,7 +312,7 @@ def answer_of(output: Any) -> Any:
 
 
 def save_reference(task: Task, model: Any, target: Target, directory: Path, records: Sequence[Record]) -> None:
-    """Store what the timing workers must reproduce: the answers to every request; and the scored records."""
+    """Store the answers to every request, which timing workers must reproduce, what they import, and the records."""
     from safetensors.torch import save_file
 
     answers = {}
@@ -321,19 +321,24 @@ def save_reference(task: Task, model: Any, target: Target, directory: Path, reco
     if answers:
         save_file(answers, directory / "reference.safetensors")
     write_json(directory / "records.json", [dataclasses.asdict(record) for record in records])
+    parts = model.modules() if hasattr(model, "modules") else [model]
+    write_json(directory / "libraries.json", sorted({type(part).__module__ for part in parts}))
 
 
-def measure(artifacts: Sequence[Artifact], notify: Callable[[str], None] = lambda _: None) -> list[Result]:
+def measure(
+    artifacts: Sequence[Artifact], notify: Callable[[str], None] = lambda _: None, limit: float | None = None
+) -> list[Result]:
     """Time several prepared variants against each other: their workers stay alive together and take turns.
 
     A second worker of the baseline is the control: its ratio to the first shows what this machine can resolve. Returns
-    one result per artifact, in order; a worker that fails turns its own result into a ``failed`` one.
+    one result per artifact, in order; a worker that fails, or is silent for ``limit`` seconds, turns its own result
+    into a ``failed`` one.
     """
     from pareto_runner.turns import Crew
 
     if not artifacts:
         return []
-    with Crew(artifacts) as crew:
+    with Crew(artifacts, limit) as crew:
         notify("loading the finished models")
         crew.load()
         for request in crew.requests():
@@ -344,4 +349,23 @@ def measure(artifacts: Sequence[Artifact], notify: Callable[[str], None] = lambd
             crew.start_training()
             notify("timing training steps")
             crew.time_training()
-        return crew.results()
+        results = crew.results()
+    return add_differences(artifacts, results)
+
+
+def add_differences(artifacts: Sequence[Artifact], results: Sequence[Result]) -> list[Result]:
+    """Compare the score of each result that is ok with those of its baseline and rivals, over the same records."""
+    records = {a.spec.variant: a.records() for a, r in zip(artifacts, results, strict=True) if r.status == "ok"}
+    scored = {result.spec.variant: result for result in results if result.spec.variant in records}
+    finished = []
+    for result in results:
+        mine = result.spec.variant
+        others = [name for name in dict.fromkeys([result.spec.baseline, *result.spec.rivals]) if name != mine]
+        found = [
+            paired_difference(result, scored[name], records[mine], records[name])
+            for name in others
+            if mine in scored and name in scored
+        ]
+        differences = tuple(difference for difference in found if difference is not None)
+        finished.append(dataclasses.replace(result, differences=differences))
+    return finished

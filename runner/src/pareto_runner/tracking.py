@@ -1,48 +1,63 @@
-"""Logs results to MLflow: one parent run per suite, one child per result. Nothing else imports mlflow.
+"""Writes results to MLflow: one parent run per suite, one child per result. Nothing else imports mlflow.
 
-A store has one writer at a time: this class. A fresh sqlite store is migrated once, under a lock beside the file, since
-several processes that migrate together break each other. MLflow is imported where it is needed, its telemetry off.
+A result is known by the hash of its journal file, so that each is in a store once, whoever brings it and how often:
+
+* Writers that can take turns do: all on this machine, and all that share a sqlite file. A run that was begun under the
+  lock and not ended belongs to a writer that was killed; the next one deletes it.
+* Writers on several machines cannot. Each looks again after writing, and of two whole runs of one result the same one
+  stays, whoever looks.
+
+A fresh sqlite store is made beside its place and moved there whole: MLflow cannot open one whose making was cut short.
+MLflow is imported where it is needed, its telemetry off.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
+import datetime
+import hashlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pareto_core import ParetoError, Result
+from pareto_core.cache import cache_directory
+from pareto_runner.fields import metric_key, run_metrics, run_name, run_params, run_tags, table_view, tag_texts
+from pareto_runner.journal import locked
 from pareto_runner.sections import find_metric
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Param, Run
     from mlflow.tracking import MlflowClient
 
 DEFAULT_URI = "sqlite:///mlflow.db"
-#: measurements that stay in result.json: MLflow's tables are for what one compares
-LEFT_OUT = {
-    *("time_s.build", "time_s.finish", "finish_difference", "total_parameters", "idle_mib", "train_step_alone_ms"),
-}
-#: what one request to the store may hold
-METRICS_PER_BATCH = 1000
-PARAMS_PER_BATCH = 100
-PARAM_LENGTH = 6000
-TAG_LENGTH = 5000
 CURVE = "train_loss"
 #: key of the view of MLflow's table that :meth:`Tracker.log` stores with the experiment
 VIEW = "pareto"
+#: tags: identity of a result, identity of a suite, process of a suite, and lock under which a run was begun
+ID, SUITE, PROCESS, LOCK = "pareto.id", "pareto.suite", "pareto.process", "pareto.lock"
+#: runs that one request for identities covers
+PAGE = 500
+#: MLflow's names for what is wrong with a request rather than with the store
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INTERNAL_ERROR")
 
 
 class TrackingError(ParetoError):
     """A tracking store that cannot be reached or written."""
+
+
+class RefusedError(TrackingError):
+    """A result that the store does not take, while it may take others."""
 
 
 def tracking_uri(uri: str | None = None) -> str:
@@ -84,6 +99,11 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(prefix).partition("?")[0]).absolute()
 
 
+def shown(uri: str) -> str:
+    """``uri`` as it may stand in a message: without a password."""
+    return re.sub(r"(?<=://)[^/@]*@", "…@", uri)
+
+
 def ui_page(experiment_id: str) -> str:
     """The part of a UI's address, from ``/`` on, that opens an experiment's results with the columns to choose by."""
     return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
@@ -98,9 +118,97 @@ def find_experiment(uri: str | None = None, experiment: str = "pareto") -> str |
     disable_telemetry()
     from mlflow.tracking import MlflowClient
 
-    with _migration_lock(path):
+    with store_lock(store):
         found = MlflowClient(tracking_uri=store).get_experiment_by_name(experiment)
     return None if found is None else str(found.experiment_id)
+
+
+@contextlib.contextmanager
+def store_lock(uri: str) -> Iterator[str]:
+    """Hold the lock of a store, beside a sqlite file, else in the cache; gives the lock's own name.
+
+    Two that are given the same name exclude each other. Where no lock can be had, the name is empty.
+    """
+    path = sqlite_path(uri)
+    if path is None:
+        place = cache_directory() / "locks" / f"{identity_of(uri.encode())}.lock"
+    else:
+        place = path.resolve().with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(place))
+            name = place.read_text()
+            if not name:
+                name = uuid.uuid4().hex[:16]
+                place.write_text(name)
+        except OSError:
+            if path is not None:
+                raise
+            name = ""  # a server keeps its own order; only what a killed writer left would stay
+        yield name
+
+
+def identity_of(content: bytes) -> str:
+    """What a store knows a journal file by: 16 hexadecimal digits of the SHA-256 of its bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def create_sqlite(path: Path) -> None:
+    """Make an empty store at ``path``, whole or not at all; the caller holds the store's lock."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    unfinished = path.with_name(f".{path.name}.new")
+    for left in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+        left.unlink(missing_ok=True)
+    SqlAlchemyStore(f"sqlite:///{unfinished}", (path.parent / "mlartifacts").as_uri()).engine.dispose()
+    os.replace(unfinished, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A result as MLflow takes it. ``start`` and ``end`` (ms since 1970) are the run's own, not the upload's."""
+
+    name: str
+    status: str
+    start: int
+    end: int
+    tags: dict[str, str]
+    params: dict[str, str]
+    #: value and step by name, in the order of logging
+    metrics: tuple[tuple[str, float, int], ...]
+
+    @classmethod
+    def of(cls, result: Result) -> Self:
+        """Translate a result."""
+        start, end = period(result)
+        curve = tuple((CURVE, loss, step) for step, loss in result.curve if math.isfinite(loss))
+        return cls(
+            name=run_name(result),
+            status={"ok": "FINISHED", "failed": "FAILED"}.get(result.status, "KILLED"),
+            start=start,
+            end=end,
+            tags=run_tags(result),
+            params=run_params(result),
+            metrics=tuple((name, value, 0) for name, value in run_metrics(result).items()) + curve,
+        )
+
+    def entities(self) -> tuple[list[Metric], list[Param]]:
+        """Metrics and parameters as the client wants them."""
+        from mlflow.entities import Metric, Param
+
+        metrics = [Metric(name, value, self.start, step) for name, value, step in self.metrics]
+        return metrics, [Param(name, value) for name, value in self.params.items()]
+
+
+def period(result: Result) -> tuple[int, int]:
+    """When a result was begun and ended, in milliseconds since 1970; now, where it does not say."""
+    try:
+        start = int(datetime.datetime.fromisoformat(result.context["time"]).timestamp() * 1000)
+        return start, start + int(1000 * result.context.get("seconds", 0))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        now = int(time.time() * 1000)
+        return now, now
 
 
 class Tracker:
@@ -116,70 +224,29 @@ class Tracker:
         self.experiment_id = ""
         self.parent_id: str | None = None
         self._client: MlflowClient | None = None
+        self._suite: dict[str, Any] = {}
         self._failures = 0
         self._primary = ""
 
     def __enter__(self) -> Self:
-        with self._errors("open"):
-            self._open()
+        self.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         interrupted = kind is not None and not issubclass(kind, Exception)
-        self.close_suite("KILLED" if interrupted else "FAILED" if kind or self._failures else "FINISHED")
+        self.close_suite("KILLED" if interrupted else "FAILED" if kind else None)
 
     @property
     def client(self) -> MlflowClient:
-        """The open client; raises TrackingError before :meth:`__enter__`."""
+        """The open client; raises TrackingError before :meth:`open`."""
         if self._client is None:
             raise TrackingError("use the tracker in a with statement: it is not open")
         return self._client
 
-    def suite(self, name: str, tags: Mapping[str, str] | None = None) -> str:
-        """Open the parent run of the results to come and return its id; an open one is closed before."""
-        self.close_suite("FAILED" if self._failures else "FINISHED")
-        with self._errors("open a suite in"):
-            run = self.client.create_run(
-                self.experiment_id, run_name=name, tags={"pareto.kind": "suite", **_texts(tags or {})}
-            )
-        self.parent_id, self._failures = run.info.run_id, 0
-        return self.parent_id
-
-    def close_suite(self, status: str = "FINISHED") -> None:
-        """End the parent run, where one is open."""
-        if self.parent_id is None:
-            return
-        with self._errors("close a suite in"):
-            self.client.set_terminated(self.parent_id, status)
-        self.parent_id = None
-
-    def log(self, result: Result) -> str:
-        """Log one result as a child of the open suite, or alone without one; return the run's id."""
-        from mlflow.entities import Param, RunTag
-
-        with self._errors("log to"):
-            name = run_name(result)
-            tags = {**run_tags(result), **({"mlflow.parentRunId": self.parent_id} if self.parent_id else {})}
-            run_id = self.client.create_run(self.experiment_id, run_name=name).info.run_id
-            metrics = self._metrics(result)
-            first, rest = (
-                metrics[: METRICS_PER_BATCH - 2 * PARAMS_PER_BATCH],
-                metrics[METRICS_PER_BATCH - 2 * PARAMS_PER_BATCH :],
-            )
-            params = [Param(key, value) for key, value in run_params(result).items()][:PARAMS_PER_BATCH]
-            labels = [RunTag(key, value) for key, value in tags.items()][:PARAMS_PER_BATCH]
-            self.client.log_batch(run_id, first, params, labels)
-            for start in range(0, len(rest), METRICS_PER_BATCH):
-                self.client.log_batch(run_id, rest[start : start + METRICS_PER_BATCH])
-            self._log_json(run_id, result)
-            self.client.set_terminated(run_id, {"ok": "FINISHED", "failed": "FAILED"}.get(result.status, "KILLED"))
-            self._name_primary(result)
-        self._failures += result.status == "failed"
-        return str(run_id)
-
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Connect to the store, and make what it lacks; raises TrackingError."""
         disable_telemetry()
         import logging
 
@@ -187,19 +254,80 @@ class Tracker:
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        with _migration_lock(sqlite_path(self.uri)):
-            self._client = MlflowClient(tracking_uri=self.uri)
-            found = self._client.get_experiment_by_name(self.experiment)
-            if found is None:
-                artifacts = artifact_directory(self.uri)
-                place = artifacts.as_uri() if artifacts else None
-                # the kind makes the UI open on the table of runs, not on traces of language-model calls
-                tags = {"mlflow.experimentKind": "custom_model_development"}
-                self.experiment_id = self._client.create_experiment(self.experiment, place, tags)
-            elif found.lifecycle_stage == "deleted":
-                raise TrackingError(f"experiment {self.experiment!r} in {self.uri} is deleted; choose another name")
-            else:
-                self.experiment_id = found.experiment_id
+        path = sqlite_path(self.uri)
+        with self._errors("open"):
+            if path is not None and path.is_dir():
+                raise TrackingError(f"the tracking store {self.uri} names no file")
+            with store_lock(self.uri):
+                if path is not None and not path.exists():
+                    create_sqlite(path)
+                self._client = MlflowClient(tracking_uri=self.uri)
+                self.experiment_id = self._find_or_create_experiment()
+
+    def suite(
+        self, name: str, tags: Mapping[str, str] | None = None, identity: str = "", process: str | None = None
+    ) -> None:
+        """Put the results to come under one parent run, which is made with the first of them; an open one is closed.
+
+        A parent run that bears ``identity`` already is taken up again. ``process`` is whose suite it is
+        (:func:`process_name`; None: this one).
+        """
+        self.close_suite()
+        labels = {"pareto.kind": "suite", SUITE: identity or uuid.uuid4().hex[:16], PROCESS: process or process_name()}
+        self._suite = {"run_name": name, "tags": tag_texts({**(tags or {}), **labels})}
+        self._failures = 0
+
+    def close_suite(self, status: str | None = None) -> None:
+        """End the parent run, where one was made; ``status`` None says how its results ended."""
+        with self._errors("close a suite in"):
+            self.parent_id = self.parent_id or self._find_suite()
+            if self.parent_id:
+                self.client.set_terminated(self.parent_id, status or ("FAILED" if self._failures else "FINISHED"))
+        self.parent_id, self._suite = None, {}
+
+    def log(self, result: Result, content: bytes = b"") -> str:
+        """Log one result as a child of the open suite, or alone without one; return the run's id.
+
+        ``content`` is its journal file (empty: what that would hold). A result that the store has already is left as it
+        is. Raises RefusedError where the store does not take this result, TrackingError where it takes none.
+        """
+        content = content or json.dumps(result.to_json(), indent=1, ensure_ascii=False, allow_nan=False).encode()
+        name, row = identity_of(content), Row.of(result)
+        with self._errors("log to"), store_lock(self.uri) as lock:
+            run_id = self._settle(name, lock)
+            if not run_id:
+                run_id = self._write(row, content, {ID: name, LOCK: lock})
+                if sqlite_path(self.uri) is None:
+                    run_id = self._settle(name, lock) or run_id
+                self._name_primary(result)
+        self._failures += result.status == "failed"
+        return run_id
+
+    def present(self, page: str | None = None) -> tuple[set[str], str | None]:
+        """Identities of whole results in the store, page by page: a page, and the name of the next or None."""
+        with self._errors("read"):
+            wanted = "tags.`pareto.kind` = 'result' and attributes.status != 'RUNNING'"
+            found = self.client.search_runs([self.experiment_id], wanted, max_results=PAGE, page_token=page)
+        return {run.data.tags[ID] for run in found if ID in run.data.tags}, found.token or None
+
+    def end_abandoned(self) -> None:
+        """Mark suites as ``KILLED`` that ended on this machine and could not say so."""
+        with self._errors("tidy"), store_lock(self.uri) as lock:
+            for run in self._search("tags.`pareto.kind` = 'suite' and attributes.status = 'RUNNING'"):
+                if lock and run.data.tags.get(LOCK) == lock and not is_alive(run.data.tags.get(PROCESS, "")):
+                    self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def _find_or_create_experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self.experiment)
+        if found is None:
+            artifacts = artifact_directory(self.uri)
+            place = artifacts.as_uri() if artifacts else None
+            # the kind makes the UI open on the table of runs, not on traces of language-model calls
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self.client.create_experiment(self.experiment, place, tags))
+        if found.lifecycle_stage == "deleted":
+            raise TrackingError(f"experiment {self.experiment!r} in {shown(self.uri)} is deleted; choose another name")
+        return str(found.experiment_id)
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -210,24 +338,55 @@ class Tracker:
             raise
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise TrackingError(f"cannot {what} the tracking store {self.uri}: {lines[0]}") from error
+            kind = RefusedError if is_refusal(error) else TrackingError
+            raise kind(f"cannot {what} the tracking store {shown(self.uri)}: {lines[0]}") from error
 
-    def _metrics(self, result: Result) -> list[Metric]:
-        from mlflow.entities import Metric
+    def _search(self, wanted: str) -> list[Run]:
+        return list(self.client.search_runs([self.experiment_id], wanted))
 
-        now = int(time.time() * 1000)
-        values = [Metric(name, value, now, 0) for name, value in run_metrics(result).items()]
-        return values + [Metric(CURVE, loss, now, step) for step, loss in result.curve if math.isfinite(loss)]
+    def _find_suite(self) -> str | None:
+        """Id of the parent run that the suite has in the store, None where it has none yet."""
+        if not self._suite:
+            return None
+        found = self._search(f"tags.`{SUITE}` = '{self._suite['tags'][SUITE]}'")
+        return found[0].info.run_id if found else None
 
-    def _log_json(self, run_id: str, result: Result) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "result.json"
-            path.write_text(json.dumps(result.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
-            self.client.log_artifact(run_id, str(path))
+    def _settle(self, name: str, lock: str) -> str:
+        """Leave one whole run of a result, and none that was begun under this lock; the whole one's id, else empty."""
+        found = sorted(self._search(f"tags.`{ID}` = '{name}'"), key=lambda run: run.info.run_id)
+        whole = [run.info.run_id for run in found if run.info.status != "RUNNING"]
+        ours = [run for run in found if lock and run.data.tags.get(LOCK) == lock]
+        begun = [run.info.run_id for run in ours if run.info.status == "RUNNING"]
+        for run_id in whole[1:] + begun:
+            self.client.delete_run(run_id)
+        return whole[0] if whole else ""
+
+    def _write(self, row: Row, content: bytes, marks: Mapping[str, str]) -> str:
+        """Write a row as a run of its own, which counts as whole once it has its final status."""
+        if self._suite and self.parent_id is None:
+            self.parent_id = self._find_suite() or self._create_suite(marks[LOCK])
+        tags = {**row.tags, **marks, **({"mlflow.parentRunId": self.parent_id} if self.parent_id else {})}
+        run_id = str(self.client.create_run(self.experiment_id, row.start, tags, row.name).info.run_id)
+        try:
+            self.client.log_batch(run_id, *row.entities())
+            with tempfile.TemporaryDirectory() as directory:
+                path = Path(directory) / "result.json"
+                path.write_bytes(content)
+                self.client.log_artifact(run_id, str(path))
+            self.client.set_terminated(run_id, row.status, row.end)
+        except Exception as error:
+            if is_refusal(error):
+                self.client.delete_run(run_id)
+            raise
+        return run_id
+
+    def _create_suite(self, lock: str) -> str:
+        tags = {**self._suite["tags"], LOCK: lock}
+        return str(self.client.create_run(self.experiment_id, None, tags, self._suite["run_name"]).info.run_id)
 
     def _name_primary(self, result: Result) -> None:
         """Tell the UI which figures to show first; the first result that has a score decides."""
-        metric = _key(find_metric([result]))
+        metric = metric_key(find_metric([result]))
         if not self._primary and metric in run_metrics(result):
             self._primary = metric
             set_tag = self.client.set_experiment_tag
@@ -235,139 +394,21 @@ class Tracker:
             set_tag(self.experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(table_view(result, metric)))
 
 
-def table_view(result: Result, metric: str) -> dict[str, Any]:
-    """What MLflow's table of runs shows under the key :data:`VIEW`: results only, and the columns to choose by."""
-    costs = [name for name in run_metrics(result) if name.startswith(("latency_ms.", "next_token_ms."))][:2]
-    names = [metric, "trainable_parameters", *costs, "ratio.latency_ms.batch1", "train_step_ms", "ratio.train_step_ms"]
-    names += ["train_peak_mib", "inference_peak_mib"]
-    columns = [f"metrics.`{name}`" for name in names] + [f"params.`{name}`" for name in ("profile", "task", "seed")]
-    filters = {"searchFilter": "tags.`pareto.kind` = 'result'", "startTime": "ALL", "lifecycleFilter": "Active"}
-    # by score, since in order of time MLflow folds the results away under their suites
-    order = {"orderByKey": f"metrics.`{metric}`", "orderByAsc": False}
-    return {**filters, **order, "datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": columns}
+def is_refusal(error: Exception) -> bool:
+    """Whether a store that works refused a request: another one may succeed, this one would not."""
+    return getattr(error, "error_code", "") in REFUSALS
 
 
-def run_name(result: Result) -> str:
-    """``KronA (24, 16) · seed 0 · xeon``."""
-    spec = result.spec
-    return f"{spec.variant} · seed {spec.seed} · {spec.target}"
+def process_name(pid: int | None = None) -> str:
+    """Name of a process (None: this one) that no later one on this machine bears: its id and when it began."""
+    pid = pid or os.getpid()
+    began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{pid}-{began}"
 
 
-def run_metrics(result: Result) -> dict[str, float]:
-    """The figures to compare by; what a compiler computed has ``compiled.`` before its name."""
-    metrics = {}
-    for item in sorted(result.measurements, key=lambda item: item.name != result.metric):
-        if item.name not in LEFT_OUT:
-            metrics[_key(item.name if item.kind == "measured" else f"compiled.{item.name}")] = item.value
-    for ratio in result.comparisons:
-        if ratio.baseline == result.spec.baseline and not ratio.name.startswith("control."):
-            metrics[_key(f"ratio.{ratio.name}")] = ratio.ratio
-    return {name: _round(value) for name, value in metrics.items() if math.isfinite(value)}
-
-
-def run_params(result: Result) -> dict[str, str]:
-    """What was run: the specification, flat, with each method's and the task's own fields."""
-    spec = result.spec
-    params: dict[str, Any] = {
-        "variant": spec.variant,
-        "question": spec.question,
-        "profile": spec.profile,
-        "task": spec.task.name,
-        "target": spec.target,
-        "engine": spec.engine.name,
-        "precision": spec.engine.precision or "target's default",
-        "seed": spec.seed,
-        "methods": " → ".join(" + ".join(method.name for method in stage.methods) for stage in spec.stages),
-    }
-    params |= {f"engine.{name}": getattr(spec.engine, name) for name in ("zero_stage", "processes")}
-    params |= {f"{_last(spec.task.name)}.{name}": value for name, value in spec.task.fields.items()}
-    for number, stage in enumerate(spec.stages, 1):
-        prefix = "" if len(spec.stages) == 1 else f"stage{number}."
-        training = stage.training.to_json()
-        budget = {name: value for name, value in training.pop("budget").items() if value is not None}
-        params |= {f"{prefix}{name}": value for name, value in {**training, **budget}.items()}
-        for method in stage.methods:
-            params |= {f"{prefix}{_last(method.name)}.{name}": value for name, value in method.fields.items()}
-    return {_key(name): _text(value, PARAM_LENGTH) for name, value in params.items()}
-
-
-def run_tags(result: Result) -> dict[str, str]:
-    """Where it ran, from which code, what it reproduces, and how it ended."""
-    machine, context, paper = result.machine, result.context, result.paper
-    kinds = {item.kind for item in result.measurements}
-    tags = {
-        "pareto.kind": "result",
-        "kind": "compiled" if "compiled" in kinds else "measured" if kinds else "none",
-        "status": result.status,
-        "reason": result.reason,
-        "question": result.spec.question,
-        "target": result.spec.target,
-        "cpu": machine.get("cpu"),
-        "gpu": machine.get("gpu"),
-        "commit": context.get("commit"),
-        "dirty": context.get("dirty"),
-        "baseline": result.spec.baseline,
-        "paper": paper.get("title"),
-        "paper_url": paper.get("url"),
-        "table": paper.get("table"),
-        "mlflow.source.git.commit": context.get("commit"),
-        "mlflow.source.name": "pareto bench",
-        "mlflow.note.content": note(result),
-    }
-    return _texts({name: value for name, value in tags.items() if value not in (None, "")})
-
-
-def note(result: Result) -> str:
-    """The run's description in the UI: a few lines of Markdown."""
-    spec = result.spec
-    lines = [f"**{spec.variant}** on {spec.task.name}, seed {spec.seed}, {spec.profile} profile."]
-    if result.status != "ok":
-        return f"{lines[0]}\n\n{result.status}: {result.reason}"
-    shown = [name for name in run_metrics(result) if not name.startswith(("ratio.", "time_s"))]
-    units = {item.name: item.unit for item in result.measurements}
-    lines += ["", "| | |", "|---|--:|"]
-    lines += [f"| {name} | {run_metrics(result)[name]:,.4g} {units.get(name, '')} |" for name in shown]
-    for ratio in result.comparisons:
-        interval = f"{ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
-        lines.append(f"| {ratio.name} against {ratio.baseline} | × {interval}, {ratio.verdict} |")
-    return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _migration_lock(path: Path | None) -> Iterator[None]:
-    """Let one process at a time create and migrate the database at ``path``."""
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _round(value: float) -> float:
-    """Six digits, for MLflow's table shows all that there are; counts stay exact, and so does result.json."""
-    return float(value) if value == int(value) else float(f"{value:.6g}")
-
-
-def _last(name: str) -> str:
-    """``krona`` of ``adapters.krona``."""
-    return name.rpartition(".")[2]
-
-
-def _key(name: str) -> str:
-    """Replace what MLflow refuses in a key."""
-    text = "".join(c if c.isascii() and (c.isalnum() or c in "_-. ") else "_" for c in name)[:250]
-    return text.strip(". ") or "_"
-
-
-def _text(value: Any, length: int) -> str:
-    if isinstance(value, (list, tuple)) and all(isinstance(item, (int, float, str)) for item in value):
-        text = f"({', '.join(map(str, value))})"  # as JSON, the UI would spread it over lines
-    else:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _text(value, TAG_LENGTH) for name, value in values.items()}
+def is_alive(name: str) -> bool:
+    """Whether the process of that :func:`process_name` runs."""
+    pid = name.partition("-")[0]
+    with contextlib.suppress(OSError):
+        return pid.isdigit() and process_name(int(pid)) == name
+    return False

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
+import queue
+import signal
+import stat
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,10 +19,13 @@ from typing import Any
 
 from pareto_core import ParetoError, Request, RunSpec, UnsupportedError
 from pareto_runner import discover
+from pareto_runner.checkpoint import seconds_between
+from pareto_runner.engines import distributed, init_deepspeed
 from pareto_runner.isolate import say
-from pareto_runner.memory import resident_host_bytes
-from pareto_runner.run import MIB, Artifact, Phases, StageWork, answer_of, load_deployed, prepare, relative_difference
-from pareto_runner.train import batch_stream, distributed, rate_factor
+from pareto_runner.memory import peak_host_bytes, reset_host_peak, resident_host_bytes
+from pareto_runner.phases import MIB, Phases
+from pareto_runner.run import Artifact, StageWork, answer_of, load_deployed, prepare, relative_difference
+from pareto_runner.train import batch_stream, rate_factor
 
 
 def set_threads() -> None:
@@ -27,15 +36,20 @@ def set_threads() -> None:
 
 
 def prepare_in_child(spec_path: str, directory: str, labels: str) -> None:
-    """Prepare the variant that a file describes; steps are reported as they happen."""
+    """Prepare the variant that a file describes; tells of steps, and of what becomes of checkpoints, as they happen."""
     spec = RunSpec.from_json(json.loads(Path(spec_path).read_text()))
+    first = distributed()[0] == 0
 
     def on_step(step: int, steps: int, loss: float) -> None:
-        if distributed()[0] == 0:
+        if first:
             say({"step": step, "steps": steps, "loss": loss})
 
-    prepare(spec, Path(directory), Path(labels) if labels else None, on_step)
-    if distributed()[0] == 0:
+    def note(text: str) -> None:
+        if first:
+            say({"note": text})
+
+    prepare(spec, Path(directory), Path(labels) if labels else None, on_step, note, seconds_between())
+    if first:
         say({"done": True})
 
 
@@ -47,12 +61,14 @@ class InferenceTurns:
         self._artifact = artifact
         self._requests = discover.make_task(artifact.spec.task).requests()
         discover.make_method(artifact.spec.stages[-1].methods[-1])
-        import transformers
-
-        transformers.AutoModel  # noqa: B018 - the library's weight is not the model's
-        self._base = resident_host_bytes() if self._target.device == "cpu" else 0
-        self._target.reset_peak_memory()
+        for name in artifact.libraries():  # their weight is not the model's
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        idle = resident_host_bytes()
+        self._base = idle if self._target.device == "cpu" else 0
+        reset_host_peak()
         self._model = load_deployed(artifact)
+        self.load_peak_mib = (peak_host_bytes() - idle) / MIB
         self._call: Callable[..., Any] = lambda: None
         self._request = next(iter(self._requests.values()))
 
@@ -65,15 +81,26 @@ class InferenceTurns:
 
     def choose(self, name: str) -> dict[str, Any]:
         """Get ready for a request: check the answer against the one from the end of preparation, read the peak."""
-        from safetensors.torch import load_file
-
         self._request: Request = self._requests[name]
+        self._target.reset_peak_memory()
         self._call = self._target.prepare(self._model, self._request)
-        answer = answer_of(self._call())
-        expected = load_file(self._artifact.directory / "reference.safetensors")[name]
+        output = self._call()
         self._target.synchronize()
-        peak = (self._target.peak_memory() - self._base) / MIB
-        return {"difference": relative_difference(expected.float(), answer.float()), "peak_mib": peak}
+        peak = self.peak()
+        difference = self._difference(name, output)
+        del output
+        self._target.reset_peak_memory()  # the comparison's memory is not the model's
+        return {"difference": difference, **peak}
+
+    def peak(self) -> dict[str, float]:
+        """Highest memory use, in MiB, of the chosen request's calls; on a CPU above what was there before the model."""
+        return {"peak_mib": (self._target.peak_memory() - self._base) / MIB}
+
+    def _difference(self, name: str, output: Any) -> float:
+        from safetensors import safe_open
+
+        with safe_open(self._artifact.directory / "reference.safetensors", "pt") as file:
+            return relative_difference(file.get_tensor(name).float(), answer_of(output).float())
 
     def turn(self, seconds: float) -> dict[str, Any]:
         """Timed calls for ``seconds`` (at least one), after one that is not counted.
@@ -106,31 +133,44 @@ class InferenceTurns:
         return {"times": time.perf_counter() - start}
 
     def _timed_generation(self) -> dict[str, float]:
-        clock = TokenClock(self._target.synchronize)
+        clock = TokenClock(self._target.synchronize, self._request.batch_size)
         start = time.perf_counter()
         self._call(streamer=clock)
         self._target.synchronize()
-        found = {"times": time.perf_counter() - start, "first": clock.times[0] - start}
+        end = time.perf_counter()
+        if not clock.times:
+            raise UnsupportedError("the model generates without telling its streamer of tokens, which times them")
+        found = {"times": end - start, "first": clock.times[0] - start}
         if len(clock.times) > 1:
-            found["next"] = (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
+            found["next"] = clock.next_token_seconds()
         return found
 
 
 class TokenClock:
-    """A streamer that notes when each new token arrives; the prompt, which comes first, is not one."""
+    """A streamer that notes when new tokens arrive, one or several at once; the prompt comes first and is not one.
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
+    ``batch_size`` sequences are generated together, and count as one.
+    """
+
+    def __init__(self, synchronize: Callable[[], None], batch_size: int = 1) -> None:
         self._synchronize = synchronize
+        self._batch_size = batch_size
         self._prompt_seen = False
+        self._tokens = 0
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
-        """Note the arrival of a token."""
+        """Note the arrival of the tokens in the tensor ``value``."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
         self._synchronize()
         self.times.append(time.perf_counter())
+        self._tokens += value.numel() // self._batch_size
+
+    def next_token_seconds(self) -> float:
+        """Seconds from the first arrival to the last, by token after the first: right for bursts too."""
+        return (self.times[-1] - self.times[0]) / (self._tokens - 1)
 
     def end(self) -> None:
         """Nothing remains to be done."""
@@ -171,15 +211,14 @@ def _columns(calls: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def answer_turns(directory: str) -> None:
-    """Load, then answer commands from standard input, one JSON line each, until it ends."""
+    """Load, then answer commands from standard input, one JSON line each."""
     artifact = Artifact.read(Path(directory))
     turns: Any = None
-    for line in sys.stdin:
-        command = json.loads(line)
+    for command in commands():
         try:
             if command["do"] == "load":
                 turns = InferenceTurns(artifact)
-                say({"requests": turns.requests()})
+                say({"requests": turns.requests(), "peak_mib": turns.load_peak_mib})
             elif command["do"] == "train":
                 turns = None  # the finished model's memory is free before the next model is built
                 turns = TrainingTurns(artifact)
@@ -188,6 +227,8 @@ def answer_turns(directory: str) -> None:
                 say(turns.choose(command["request"]))
             elif command["do"] == "turn":
                 say(turns.turn(command["seconds"]))
+            elif command["do"] == "peak":
+                say(turns.peak())
             elif command["do"] == "steps":
                 say(turns.steps(command["count"]))
             elif command["do"] == "protocol":
@@ -197,30 +238,53 @@ def answer_turns(directory: str) -> None:
             return
 
 
-def failure(error: Exception) -> dict[str, str]:
+def commands() -> Iterator[dict[str, Any]]:
+    """Yield the parent's commands, read in a thread: when the parent ends, so does this process, busy or not."""
+    arrived: queue.SimpleQueue[str] = queue.SimpleQueue()
+    follow_parent(arrived.put)
+    while True:
+        yield json.loads(arrived.get())
+
+
+def follow_parent(hear: Callable[[str], None] = lambda _: None) -> None:
+    """Pass on what the parent writes, in a thread; at its end this process group ends, whatever it is doing."""
+
+    def follow() -> None:
+        for line in sys.stdin:
+            hear(line)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def failure(error: BaseException) -> dict[str, str]:
     """Describe an error for the parent; the traceback of one that nobody foresaw goes to the log."""
+    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+        traceback.print_exception(error)
+        return {"error": f"out of memory: {(str(error).splitlines() or [type(error).__name__])[0]}", "kind": "failed"}
     if not isinstance(error, ParetoError):
         traceback.print_exception(error)
+        _, world = distributed()
+        if world > 1 and "by peer" in str(error):  # what Gloo says of a connection whose other end is gone
+            return {"error": f"one of the run's {world} processes ended, and the others with it", "kind": "failed"}
         return {"error": f"{type(error).__name__}: {error}", "kind": "failed"}
     return {"error": str(error), "kind": "unsupported" if isinstance(error, UnsupportedError) else "failed"}
 
 
 def main() -> int:
     """Entry point of the child process."""
-    from transformers.utils import logging
-
     arguments = [item for item in sys.argv[1:] if not item.startswith("--local_rank")]
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    # Read by transformers when a task imports it; importing it here would cost all others seconds.
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     set_threads()
     try:
+        if arguments[0] != "turns" and stat.S_ISFIFO(os.fstat(0).st_mode):  # else it was started by hand
+            follow_parent()
         if arguments[0] == "prepare":
             prepare_in_child(*arguments[1:])
         elif arguments[0] == "turns":
             answer_turns(*arguments[1:])
         else:
-            from pareto_runner.train import init_deepspeed
-
             init_deepspeed(arguments[1])
             say({"done": True})
     except Exception as error:

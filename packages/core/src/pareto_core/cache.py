@@ -23,7 +23,8 @@ def write_json(path: Path, value: Any) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
+            # In ASCII, since a file's name in a message may be bytes that no text can hold.
+            json.dump(value, file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 from pareto_core.errors import ConfigError, suggest
 
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
+#: levels of lists and tables that a field without a type of its own may hold
+DEPTH = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,61 +83,81 @@ def convert(owner: str, field: str, hint: Any, value: Any) -> Any:
     Integers are accepted where a float is asked, booleans are not integers, and floats must be finite.
     Raises :class:`ConfigError` naming ``owner`` and ``field``.
     """
-    refusal = ConfigError(owner, field, value, f"expected {describe(hint)}")
-    origin, args = get_origin(hint), get_args(hint)
+    if _fits(hint, value):
+        return value
     if hint is Any:
         return _convert_json(owner, field, value)
+    origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        for option in args:
-            try:
-                return convert(owner, field, option, value)
-            except ConfigError as error:
-                if isinstance(value, Mapping) and isinstance(option, type) and issubclass(option, Config):
-                    raise error
-        raise refusal
+        return _convert_union(owner, field, hint, value)
+    if origin is tuple:
+        return _convert_tuple(owner, field, hint, value)
     if origin is Literal:
         if any(value == option and type(value) is type(option) for option in args):
             return value
-        raise refusal
-    if origin is tuple:
-        return _convert_tuple(owner, field, args, value, refusal)
-    if origin in (dict, Mapping) or hint in (dict, Mapping) or origin is typing.get_origin(Mapping[str, int]):
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise refusal
-        inner = args[1] if len(args) == 2 else Any
-        return {key: convert(owner, f"{field}.{key}", inner, item) for key, item in value.items()}
-    if isinstance(hint, type) and issubclass(hint, Config):
+    elif origin in (dict, Mapping) or hint in (dict, Mapping):
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            inner = args[1] if len(args) == 2 else Any
+            return {key: convert(owner, f"{field}.{key}", inner, item) for key, item in value.items()}
+    elif isinstance(hint, type) and issubclass(hint, Config):
         if isinstance(value, hint):
             return value
         if isinstance(value, Mapping):
             return hint.from_json(value)
-        raise refusal
-    return _convert_scalar(hint, value, refusal)
+    else:
+        return _convert_scalar(owner, field, hint, value)
+    raise _refusal(owner, field, hint, value)
 
 
-def _convert_tuple(owner: str, field: str, args: tuple[Any, ...], value: Any, refusal: ConfigError) -> Any:
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether the value is of a simple type as it is: most are, and long lists of figures need no more."""
+    return type(value) is hint and (hint in (bool, int, str) or (hint is float and math.isfinite(value)))
+
+
+def _refusal(owner: str, field: str, hint: Any, value: Any) -> ConfigError:
+    return ConfigError(owner, field, value, f"expected {describe(hint)}")
+
+
+def _convert_union(owner: str, field: str, hint: Any, value: Any) -> Any:
+    options = get_args(hint)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        try:
+            return convert(owner, field, option, value)
+        except ConfigError as error:
+            if isinstance(value, Mapping) and isinstance(option, type) and issubclass(option, Config):
+                raise error
+    raise _refusal(owner, field, hint, value)
+
+
+def _convert_tuple(owner: str, field: str, hint: Any, value: Any) -> Any:
+    args = get_args(hint)
     if not isinstance(value, (list, tuple)):
-        raise refusal
+        raise _refusal(owner, field, hint, value)
     if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(convert(owner, f"{field}[{i}]", args[0], item) for i, item in enumerate(value))
+        args = (args[0],) * len(value)
     if len(value) != len(args):
-        raise refusal
+        raise _refusal(owner, field, hint, value)
     return tuple(
-        convert(owner, f"{field}[{i}]", arg, item) for i, (arg, item) in enumerate(zip(args, value, strict=True))
+        item if _fits(arg, item) else convert(owner, f"{field}[{i}]", arg, item)
+        for i, (arg, item) in enumerate(zip(args, value, strict=True))
     )
 
 
-def _convert_json(owner: str, field: str, value: Any) -> Any:
+def _convert_json(owner: str, field: str, value: Any, depth: int = 0) -> Any:
+    if depth > DEPTH:
+        raise ConfigError(owner, field, value, f"is nested more than {DEPTH} levels deep")
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _convert_json(owner, f"{field}.{key}", item) for key, item in value.items()}
+        return {key: _convert_json(owner, f"{field}.{key}", item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_convert_json(owner, f"{field}[{i}]", item) for i, item in enumerate(value)]
+        return [_convert_json(owner, f"{field}[{i}]", item, depth + 1) for i, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise ConfigError(owner, field, value, "expected what JSON can hold: texts, finite numbers, lists, tables")
 
 
-def _convert_scalar(hint: Any, value: Any, refusal: ConfigError) -> Any:
+def _convert_scalar(owner: str, field: str, hint: Any, value: Any) -> Any:
     if hint is None or hint is type(None):
         if value is None:
             return None
@@ -144,7 +166,7 @@ def _convert_scalar(hint: Any, value: Any, refusal: ConfigError) -> Any:
             try:
                 number = float(value)
             except OverflowError:
-                raise refusal from None
+                raise _refusal(owner, field, hint, value) from None
             if math.isfinite(number):
                 return number
     elif hint is int:
@@ -152,7 +174,7 @@ def _convert_scalar(hint: Any, value: Any, refusal: ConfigError) -> Any:
             return value
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
-    raise refusal
+    raise _refusal(owner, field, hint, value)
 
 
 def describe(hint: Any) -> str:

@@ -18,7 +18,7 @@ class ConfigError(ParetoError, ValueError):
 
     def __init__(self, owner: str, field: str, value: object, allowed: str) -> None:
         self.owner, self.field, self.value, self.allowed = owner, field, value, allowed
-        super().__init__(f"{owner}.{field} = {value!r}: {allowed}")
+        super().__init__(f"{owner}.{field} = {shown(value)}: {allowed}")
 
 
 class UnknownNameError(ParetoError, LookupError):
@@ -26,7 +26,7 @@ class UnknownNameError(ParetoError, LookupError):
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         self.kind, self.name, self.known = kind, name, sorted(known)
-        super().__init__(f"unknown {kind} {name!r}; {suggest(str(name), self.known)}")
+        super().__init__(f"unknown {kind} {shown(name)}; {suggest(str(name), self.known)}")
 
 
 class DataError(ParetoError):
@@ -43,6 +43,15 @@ class TrainingError(ParetoError, RuntimeError):
 
 class UnsupportedError(ParetoError):
     """Something that cannot be done on this machine or with this combination, with its reason."""
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """Write ``value`` as Python would, in at most ``limit`` characters, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists without end
+        text = f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pareto_core.config import Config
 
 Precision = Literal["fp32", "bf16", "fp16"]
+#: how many seeds there are: NumPy takes 32 bits
+SEEDS = 2**32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,9 +137,10 @@ class RunSpec(Config):
     time_training: bool = True
 
     def validate(self) -> None:
-        """Check names that refer to each other."""
+        """Check ranges, and names that refer to each other."""
         self.require("stages", len(self.stages) > 0, "a variant needs at least one stage")
         self.require("measure_seconds", self.measure_seconds > 0, "must be above 0")
+        self.require("seed", 0 <= self.seed < SEEDS, f"must be from 0 to {SEEDS - 1}")
         known = {"backbone"}
         for stage in self.stages:
             if stage.teacher is not None:
