@@ -46,7 +46,8 @@ def tests(session: nox.Session) -> None:
     """Run the tests of every package, of the runner and of the tools; arguments go to pytest."""
     build = require_build_tools(session)
     install(session, EVERYTHING, members=MEMBERS)
-    session.run("python", "-m", "pytest", "-rs", *session.posargs, env=build | OFFLINE)
+    side_by_side = ["-n", "logical", "--dist", "loadfile"]
+    session.run("python", "-m", "pytest", "-rs", *side_by_side, *session.posargs, env=build | OFFLINE)
 
 
 @nox.session

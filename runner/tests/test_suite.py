@@ -86,6 +86,7 @@ def test_a_suite_end_to_end(tiny_file: Path, tmp_path: Path) -> None:
         assert latency.interval_low <= latency.value <= latency.interval_high  # type: ignore[operator]
         assert result.value("train_step_ms") > 0  # type: ignore[operator]
         assert result.value("inference_peak_mib") > 0  # type: ignore[operator]
+        assert result.value("train_peak_mib") > 0  # type: ignore[operator]
         assert result.machine["cpu"]
         assert result.context["seconds"] > 0
     compared = {(c.name, c.baseline) for c in krona.comparisons}

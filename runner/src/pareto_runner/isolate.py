@@ -25,6 +25,8 @@ from pareto_core import ParetoError
 #: begins each line of a child's output that is meant for the parent; all others are its log
 MARK = "@pareto "
 LOG_TAIL = 20
+#: where processes of one training find each other: that of a child is never that of its parent
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class ChildError(ParetoError):
@@ -54,7 +56,8 @@ def environment(processes: int = 1, accelerator: str | None = None) -> dict[str,
     }
     if accelerator:
         chosen["DS_ACCELERATOR"] = accelerator
-    return {**os.environ, **chosen}
+    inherited = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+    return {**inherited, **chosen}
 
 
 def binding() -> dict[str, str]:

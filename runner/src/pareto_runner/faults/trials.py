@@ -35,7 +35,8 @@ def in_phase(action: str, *arguments: str) -> Trial:
     def trial(stage: Stage, rng: random.Random, number: int) -> Iterator[Ended]:
         phase = PHASES[number % len(PHASES)]
         strike_file(stage.fault, phase, action, rng.randint(1, 12) if phase == "train" else 1)
-        yield stage.run(*arguments)
+        alone = () if number // len(PHASES) % 2 else ("--only", "A")
+        yield stage.run(*arguments, *alone)
 
     return trial
 
@@ -58,8 +59,8 @@ def not_a_number(stage: Stage, rng: random.Random, number: int) -> Iterator[Ende
 
 def parent_killed(stage: Stage, rng: random.Random, number: int) -> Iterator[Ended]:
     """The suite's own process is killed at a random moment."""
-    running = stage.start(*ONE_BY_ONE)
-    after(rng.uniform(0, 1.2 * SUITE), running.kill)
+    running = stage.start(*(ONE_BY_ONE if number % 2 else ("--only", "A")))
+    after(rng.uniform(0, 1.2 * SUITE if number % 2 else 0.7 * SUITE), running.kill)
     yield running.wait()
 
 
