@@ -1,4 +1,4 @@
-"""Tests side by side: each of pytest-xdist's workers keeps to a CPU of its own, and so do the processes that it starts."""
+"""Tests side by side: each worker of pytest-xdist keeps to a CPU of its own, and so do the processes that it starts."""
 
 from __future__ import annotations
 
