@@ -22,6 +22,8 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint", "types", "imports"]
 # nox then makes an environment anew when it is run under another Python.
 os.environ.setdefault("NOX_ENABLE_STALENESS_CHECK", "1")
+# Without bytecode in the environments each process of a benchmark would compile five thousand modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ROOT = Path(__file__).resolve().parent
 CORE = "core"
@@ -47,7 +49,7 @@ def tests(session: nox.Session) -> None:
     build = require_build_tools(session)
     install(session, EVERYTHING, members=MEMBERS)
     side_by_side = ["-n", "logical", "--dist", "loadfile"]
-    session.run("python", "-m", "pytest", "-rs", *side_by_side, *session.posargs, env=build | OFFLINE)
+    session.run("python", "-m", "pytest", "-rfs", *side_by_side, *session.posargs, env=build | OFFLINE)
 
 
 @nox.session

@@ -218,7 +218,7 @@ def clean(out: Out = Path("results")) -> None:
     """Free the space of prepared models, checkpoints and logs; results, report and MLflow stay."""
     from pareto_runner.artifacts import clean as remove
 
-    console.print(f"{out}: {remove(out) / 2**20:,.0f} MiB freed")
+    console.print(f"{out}: {remove(out) / 2**20:,.0f} MiB freed", soft_wrap=True)
 
 
 @app.command()
