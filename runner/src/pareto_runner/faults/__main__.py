@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -45,6 +47,11 @@ class Outcome:
     problems: tuple[str, ...] = ()
     skipped: str = ""
     seconds: float = 0.0
+
+    @property
+    def damaged(self) -> bool:
+        """Whether anything went wrong."""
+        return bool(self.problems or self.lost or self.duplicated or self.wedged or self.unclear)
 
 
 def run_trial(kind: str, number: int, folder: Path, cpu: int, template: Path) -> Outcome:
@@ -137,6 +144,15 @@ def chosen(count: int, only: str) -> list[tuple[str, int]]:
     return trials
 
 
+def show(outcomes: Sequence[Outcome], total: int, console: Console) -> None:
+    """Print the last outcome: whole where something went wrong, else a line where there is no progress bar."""
+    outcome = outcomes[-1]
+    if outcome.damaged:
+        console.print(json.dumps(dataclasses.asdict(outcome), indent=1), markup=False, style="red")
+    elif not console.is_terminal:
+        console.print(f"{len(outcomes)}/{total} {outcome.kind}: fine ({outcome.seconds:.0f} s)")
+
+
 def main() -> int:
     """Run the trials, one per CPU at a time, and print the table; exit code 1 where anything was damaged."""
     parser = argparse.ArgumentParser(prog="python -m pareto_runner.faults", description=__doc__)
@@ -171,20 +187,18 @@ def main() -> int:
 
     with Progress(console=console) as progress, concurrent.futures.ThreadPoolExecutor(cpus.qsize()) as pool:
         bar = progress.add_task("faults", total=len(trials))
-        for done in concurrent.futures.as_completed([pool.submit(one, *trial) for trial in trials]):
-            outcome = done.result()
-            outcomes.append(outcome)
-            progress.advance(bar)
-            if outcome.problems or outcome.lost or outcome.duplicated or outcome.wedged or outcome.unclear:
-                progress.console.print(json.dumps(dataclasses.asdict(outcome), indent=1), markup=False, style="red")
-            elif not console.is_terminal:
-                progress.console.print(f"{len(outcomes)}/{len(trials)} {outcome.kind}: fine ({outcome.seconds:.0f} s)")
-            write_json(arguments.out / "faults.json", [dataclasses.asdict(item) for item in outcomes])
+        running = [pool.submit(one, *trial) for trial in trials]
+        with contextlib.suppress(KeyboardInterrupt):  # the table is then made of what is done
+            for done in concurrent.futures.as_completed(running):
+                outcomes.append(done.result())
+                progress.advance(bar)
+                show(outcomes, len(trials), progress.console)
+                write_json(arguments.out / "faults.json", [dataclasses.asdict(item) for item in outcomes])
+        pool.shutdown(cancel_futures=True)
     table = markdown(outcomes)
     (arguments.out / "faults.md").write_text(table + "\n")
     print(table)
-    bad = [item for item in outcomes if item.problems or item.lost or item.duplicated or item.wedged or item.unclear]
-    return 1 if bad else 0
+    return 1 if any(item.damaged for item in outcomes) else 0
 
 
 if __name__ == "__main__":
