@@ -159,12 +159,13 @@ class Child:
     def post_mortem(self) -> ChildError:
         """Say how the child ended."""
         status = self.wait()
-        how = f"ended with status {status}"
+        log = self.tail()
+        how = f"ended with status {status}" + (f": {log.splitlines()[-1][:200]}" if log else "")
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL and out_of_memory_kills() > self._out_of_memory_before:
             how = "was killed by the kernel: out of memory"
-        return ChildError(f"the process {self._expired or how}", log=self.tail())
+        return ChildError(f"the process {self._expired or how}", log=log)
 
     def tail(self) -> str:
         """The last lines of the log."""

@@ -257,13 +257,19 @@ def follow_parent(hear: Callable[[str], None] = lambda _: None) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def log_traceback(error: BaseException) -> None:
+    """Write a traceback to the log, unless the log's disk is what is full."""
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
+
+
 def failure(error: BaseException) -> dict[str, str]:
     """Describe an error for the parent; the traceback of one that nobody foresaw goes to the log."""
     if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
-        traceback.print_exception(error)
+        log_traceback(error)
         return {"error": f"out of memory: {(str(error).splitlines() or [type(error).__name__])[0]}", "kind": "failed"}
     if not isinstance(error, ParetoError):
-        traceback.print_exception(error)
+        log_traceback(error)
         _, world = distributed()
         if world > 1 and "by peer" in str(error):  # what Gloo says of a connection whose other end is gone
             return {"error": f"one of the run's {world} processes ended, and the others with it", "kind": "failed"}
