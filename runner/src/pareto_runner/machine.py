@@ -275,7 +275,7 @@ def load() -> float | None:
 def _commit() -> tuple[str | None, bool | None]:
     """The commit of the clone that this code was installed from, and whether files have changed since."""
     program = shutil.which("git")
-    if program is None or not (CLONE / "uv.lock").is_file():
+    if program is None or not (CLONE / ".git").exists():  # a repository around an unpacked archive is another's
         return None, None
     command = [program, "--no-optional-locks", "-C", str(CLONE), "status"]
     command += ["--porcelain=v2", "--branch", "--untracked-files=no"]
