@@ -70,6 +70,8 @@ def test_a_result_that_the_journal_cannot_take_is_rescued_and_adopted(
     path = journal.write(result())
     assert path.is_relative_to(tmp_path / "cache")
     assert journal.read() == []
+    assert journal.adopt() == []
+    assert path.is_file()
     monkeypatch.setattr(module, "write_json", written)
     assert [item.parent for item in journal.adopt()] == [tmp_path / "journal"]
     assert journal.adopt() == []

@@ -90,13 +90,14 @@ class Journal:
         return found
 
     def adopt(self) -> list[Path]:
-        """Move results that had to be stored elsewhere into this directory; returns their new files."""
+        """Move results that were stored elsewhere into this directory, if it takes them; returns their new files."""
         adopted = []
-        for shelter in self._shelters():
-            for entry in Journal(shelter).entries():
-                if entry.result not in self.read():  # an adoption that was cut short moved it already
-                    adopted.append(self._append(entry.result))
-                entry.path.unlink()
+        with contextlib.suppress(OSError):  # they stay where they are until the disk has room again
+            for shelter in self._shelters():
+                for entry in Journal(shelter).entries():
+                    if entry.result not in self.read():  # an adoption that was cut short moved it already
+                        adopted.append(self._append(entry.result))
+                    entry.path.unlink()
         return adopted
 
     def _append(self, result: Result) -> Path:

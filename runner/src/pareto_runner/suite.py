@@ -118,12 +118,10 @@ class Suite:
         try:
             found = self._together(needed(missing, planned), seconds) if missing else {}
         except KeyboardInterrupt:
-            for item in missing:
-                if item.spec.variant in seconds:
-                    self._store(unfinished(item, ChildError("interrupted; the same command goes on from here")))
+            stopped = ChildError("interrupted; the same command goes on from here")
+            self._store([unfinished(item, stopped) for item in missing if item.spec.variant in seconds])
             raise
-        for item in missing:
-            self._store(found[item.spec.variant])
+        self._store([found[item.spec.variant] for item in missing])
 
     def _together(self, wanted: Sequence[Planned], seconds: dict[str, float]) -> dict[str, Result]:
         """Prepare variants and measure them against each other; results by variant.
@@ -162,10 +160,11 @@ class Suite:
             found[variant] = dataclasses.replace(found[variant], key=item.key, context=after)
         return found
 
-    def _store(self, result: Result) -> None:
-        """Write a result to the journal before anything else sees it; what no directory takes is tried again later."""
-        self.results.append(result)
-        self.unstored.append(result)
+    def _store(self, results: Sequence[Result]) -> None:
+        """Write results to the journal, all before anything else sees one; what no directory takes is tried later."""
+        self.results += results
+        self.unstored += results
+        paths = []
         for waiting in list(self.unstored):
             try:
                 path = self._journal.write(waiting)
@@ -175,8 +174,11 @@ class Suite:
             self.unstored.remove(waiting)
             if path.parent != self._journal.directory:
                 self._watcher.note(f"the journal cannot be written; rescued to {path}, and brought back the next time")
+            paths.append(path)
+        for path in paths:
             self._log(path)
-        self._watcher.end(result, reused=False)
+        for result in results:
+            self._watcher.end(result, reused=False)
 
     def _prepare(self, item: Planned, done: dict[str, Artifact]) -> Artifact:
         """Prepare a variant in a process of its own, unless it is there from before."""
@@ -193,6 +195,7 @@ class Suite:
         directory = self._artifacts.place(item.place)
         write_json(directory / "spec.json", item.spec.to_json())
         command, variables = self._command(item.spec, target, directory, labels_of(item.spec, done))
+        done_well = False
         with Child(command, directory / "prepare.log", variables, self._limit) as child:
             for message in child.messages():
                 child.check(message)
@@ -200,9 +203,10 @@ class Suite:
                     self._watcher.note(message["note"])
                 if "step" in message:
                     self._watcher.step(message["step"], message["steps"], message["loss"])
-                if "done" in message and child.wait() == 0:
-                    return Artifact.read(directory)
-            raise child.post_mortem()
+                done_well = done_well or "done" in message
+            if not done_well or child.wait() != 0:
+                raise child.post_mortem()
+        return Artifact.read(directory)
 
     def _command(self, spec: RunSpec, target: Target, directory: Path, labels: str) -> tuple[list[str], dict[str, str]]:
         """Command and environment of the process that prepares a variant."""
@@ -255,9 +259,8 @@ def waiting_for(path: Path, watcher: Watcher) -> Iterator[None]:
             watcher.note(f"waiting: another suite (process {file.read().strip() or '?'}) is at work here")
             fcntl.flock(file, fcntl.LOCK_EX)
         with contextlib.suppress(OSError):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 
