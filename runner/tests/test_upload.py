@@ -364,7 +364,7 @@ def test_a_child_that_ends_is_replaced_once_at_the_end(heard: Callable[[], list[
         uploader.close("FAILED")
     assert (
         uploader.problem
-        == "writing to the tracking store sqlite:///mlflow.db: the process ended with status 1 (out of breath)"
+        == "writing to the tracking store sqlite:///mlflow.db: the process ended with status 1: out of breath"
     )
     assert [path.name for path in uploader.behind] == ["dead", "two"]
     assert heard() == ["suite s", "log one", "log dead", "suite s", "log dead"]

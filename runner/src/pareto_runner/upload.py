@@ -139,8 +139,9 @@ class Store:
     def _explain(self, error: ChildError) -> str:
         if error.kind in ("store", "refused"):
             return str(error)
-        last = "".join(f" ({line})" for line in error.log.splitlines()[-1:])
-        return f"writing to the tracking store {shown(self._uri)}: {error}{last}"
+        said = f"writing to the tracking store {shown(self._uri)}: {error}"
+        last = "".join(error.log.splitlines()[-1:])
+        return f"{said} ({last})" if last and last[:200] not in said else said
 
 
 class Uploader:
