@@ -1,17 +1,20 @@
-"""What the methods of this package share when they build and finish: targets, trainable parts, merging."""
+"""What the methods of this package share when they build, finish and save: targets, trainable parts, merging."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pareto_core import ModelError
+from pareto_adapters._peft import FUSED
+from pareto_core import Method, ModelError
 from pareto_core.errors import suggest
-from pareto_core.weights import check_finite, unfreeze
+from pareto_core.weights import check_finite, load_transformer, save_transformer, unfreeze
 
 if TYPE_CHECKING:
     from pareto_core import Task
@@ -23,6 +26,8 @@ SPELLINGS = {
     "v": ("v", "value", "v_proj", "v_lin", "value_proj", "to_v", "wv"),
     "o": ("o", "o_proj", "out_proj", "out_lin", "attention.output.dense", "to_out", "wo"),
 }
+#: how architectures spell one layer that computes query, key and value side by side
+FUSED_SPELLINGS = ("c_attn",)
 
 
 def resolve_targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
@@ -48,6 +53,25 @@ def resolve_targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     return found
 
 
+def projections(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a :class:`~pareto_adapters._peft.TunerConfig` that adapt the projections ``names`` of ``model``.
+
+    As :func:`resolve_targets`, and on a model that fuses its projections, parts of the fused layer.
+    """
+    wanted = [name for name in names if name in FUSED]
+    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    fused = [name for name in FUSED_SPELLINGS if name in layers]
+    if not fused or not wanted:
+        return {"target_modules": resolve_targets(model, names)}
+    if len(wanted) < len(names):
+        other = ", ".join(name for name in names if name not in FUSED)
+        raise ModelError(
+            f"{type(model).__name__} has q, k and v in one layer ({fused[0]}), whose parts are adapted one by one: "
+            f"adapt {other} in another stage"
+        )
+    return {"target_modules": resolve_targets(model, tuple(fused)), "fused_parts": wanted}
+
+
 def attach(model: nn.Module, config: peft.PeftConfig, task: Task, train_layer_norms: bool) -> nn.Module:
     """Return ``model`` with the tuner of ``config``, which is trained together with what was trainable before.
 
@@ -68,6 +92,28 @@ def merged(model: nn.Module) -> nn.Module:
     if not isinstance(model, peft.PeftModel):
         raise ModelError(f"{type(model).__name__} holds no adapters: finish takes what build returned")
     return model.merge_and_unload(safe_merge=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unmerged(Method):
+    """Base of the methods whose adapters stay in the deployed model; they are saved in it."""
+
+    def finish(self, model: nn.Module, task: Task) -> nn.Module:
+        """Take the model out of PEFT's wrapper; the adapters stay."""
+        if not isinstance(model, peft.PeftModel):
+            raise ModelError(f"{type(model).__name__} holds no adapters: finish takes what build returned")
+        return plain(model)
+
+    def save(self, deployed: Any, directory: Path) -> None:
+        """Write ``config.json``, ``model.safetensors`` (adapters included) and PEFT's ``adapter_config.json``."""
+        save_transformer(deployed, directory)
+        (config,) = deployed.peft_config.values()
+        config.save_pretrained(str(directory))
+
+    def load(self, directory: Path) -> Any:
+        """Read what :meth:`save` wrote."""
+        config = peft.PeftConfig.from_pretrained(str(directory))
+        return load_transformer(directory, lambda model: peft.inject_adapter_in_model(config, model))
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -1,14 +1,16 @@
 """The coupling to Hugging Face PEFT: everything that a tuner needs and no method repeats.
 
-A method contributes a configuration (a :class:`TunerConfig`) and a :class:`Cell`, the adapter of one layer under
-one name; :func:`pareto_adapters._registration.register` makes the PEFT layer and tuner from the two. Saving, loading,
-several adapters, disabling, merging, quantised bases, meta-device loading and the checks of what a user passes in
-are here.
+A method contributes a configuration (a :class:`TunerConfig` for linear layers, a :class:`BlockConfig` for whole
+feed-forward or attention blocks) and a :class:`Cell`, the adapter of one layer or block under one name;
+:func:`pareto_adapters._registration.register` makes the PEFT layer and tuner from the two. Saving, loading, several
+adapters, disabling, merging, quantised bases, meta-device loading and the checks of what a user passes in are here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import warnings
 from typing import Any, ClassVar
 
@@ -30,8 +32,11 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pareto_core import ModelError
+from pareto_core import ConfigError, ModelError
 from pareto_core.errors import suggest
+
+#: the parts of a fused projection, in the order in which GPT-2's ``c_attn`` holds them
+FUSED = ("q", "k", "v")
 
 
 @dataclasses.dataclass
@@ -41,6 +46,10 @@ class TunerConfig(PeftConfig):
     ``target_modules`` are suffixes of module names, one regular expression, ``"all-linear"``, or None for PEFT's choice
     for the architecture (the query and value projections). ``modules_to_save`` are trained and saved whole, under each
     adapter's name. ``layers_to_transform`` keeps to the layers with these indices.
+
+    ``fused_parts`` (some of ``q``, ``k``, ``v``) says that a target is one layer that computes query, key and value
+    side by side, as GPT-2's ``c_attn`` does, and that each of the parts gets an adapter of its own; None adapts every
+    target as one.
     """
 
     peft_name: ClassVar[str]
@@ -50,22 +59,50 @@ class TunerConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    fused_parts: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[self.peft_name.upper()]
+        if self.fused_parts is not None:
+            self.fused_parts = list(self.fused_parts)
+            if not self.fused_parts or not set(self.fused_parts) <= set(FUSED):
+                raise ConfigError(type(self).__name__, "fused_parts", self.fused_parts, "expected some of q, k, v")
         for name in ("target_modules", "exclude_modules"):
             names = getattr(self, name)
             if isinstance(names, (list, tuple, set)):
                 setattr(self, name, set(names))
 
 
+@dataclasses.dataclass
+class BlockConfig(TunerConfig):
+    """Which blocks a tuner adapts: the ``ffn`` of every layer, or the ``attention``, or both.
+
+    ``target_modules`` None finds them for the architectures of :data:`BLOCKS`; other models need it. ``placement`` is
+    ``parallel`` (the adapter reads the block's input) or ``sequential`` (it reads its output); a method that has only
+    one of them fixes it.
+    """
+
+    blocks: list[str] = dataclasses.field(default_factory=lambda: ["ffn"])
+    placement: str = "parallel"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.blocks = list(self.blocks)
+        if not self.blocks or not set(self.blocks) <= {"ffn", "attention"}:
+            raise ConfigError(type(self).__name__, "blocks", self.blocks, "expected ffn, attention or both")
+        if self.placement not in ("parallel", "sequential"):
+            raise ConfigError(type(self).__name__, "placement", self.placement, "expected parallel or sequential")
+        if self.fused_parts is not None:
+            raise ConfigError(type(self).__name__, "fused_parts", self.fused_parts, "a block has no fused parts")
+
+
 class Cell(nn.Module):
-    """One adapter of one layer: a plain module that maps (input, output of the layer) to the adapted output.
+    """One adapter of one layer or block: a plain module that maps its (input, output) to the adapted output.
 
     A subclass takes ``(config, in_features, out_features)``, must not look at weights (under ZeRO-3 they are empty),
     and defines :meth:`forward`; one that adds a fixed matrix to the weight also defines :meth:`delta` and sets
-    ``mergeable``.
+    ``mergeable``. One that shares parameters over all layers defines :meth:`tie`.
     """
 
     mergeable: ClassVar[bool] = False
@@ -79,13 +116,37 @@ class Cell(nn.Module):
         """What merging adds to ``nn.Linear.weight``, of shape (out_features, in_features)."""
         raise ModelError(f"{type(self).__name__} cannot be merged into a weight")
 
+    def tie(self, first: Cell) -> None:
+        """Take the parameters that all layers share from ``first``, the cell of the first layer. Default: none are."""
+
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Map the layer's input (..., in_features) and output (..., out_features) to the adapted output."""
         raise TypeError(f"{type(self).__name__} must define forward(x, y)")
 
 
-class Layer(nn.Module, BaseTunerLayer):
-    """A linear layer (``nn.Linear``, transformers' ``Conv1D``, or quantised) with a cell for each adapter."""
+class FusedCell(Cell):
+    """A cell for each of some parts of a fused [query, key, value] projection of three times ``in_features``."""
+
+    def __init__(self, cell_type: type[Cell], config: TunerConfig, in_features: int) -> None:
+        super().__init__()
+        assert config.fused_parts is not None
+        cells = {name: cell_type(config, in_features, in_features) for name in FUSED if name in config.fused_parts}
+        self.parts = nn.ModuleDict(cells)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Adapt the parts of ``y`` (..., 3·in_features) that have a cell."""
+        parts = zip(FUSED, y.chunk(len(FUSED), -1), strict=True)
+        return torch.cat([self.parts[name](x, part) if name in self.parts else part for name, part in parts], -1)
+
+    def delta(self) -> torch.Tensor:
+        """The parts' deltas below each other, zero where a part has no cell."""
+        deltas = {name: cell.delta() for name, cell in self.parts.items()}
+        empty = torch.zeros_like(next(iter(deltas.values())))
+        return torch.cat([deltas.get(name, empty) for name in FUSED])
+
+
+class CellLayer(nn.Module, BaseTunerLayer):
+    """A wrapped module with a cell for each adapter: what linear layers and blocks have in common."""
 
     cell_type: ClassVar[type[Cell]]
 
@@ -93,7 +154,7 @@ class Layer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._sizes()
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -107,17 +168,22 @@ class Layer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: TunerConfig) -> None:
         """Add (or start afresh) the cell of ``adapter_name``, on the device and in the dtype of the base layer."""
-        self.cells[adapter_name] = self.cell_type(config, self.in_features, self.out_features)
+        self.cells[adapter_name] = self._cell(config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the base layer, then each active cell unless merged or disabled."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``get_delta_weight`` says all that the adapter does."""
+        return self.cell_type.mergeable
+
+    def _sizes(self) -> tuple[int, int]:
+        raise TypeError(f"{type(self).__name__} must define _sizes()")
+
+    def _cell(self, config: TunerConfig) -> Cell:
+        return self.cell_type(config, self.in_features, self.out_features)
+
+    def _adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """``y`` after each active cell."""
         for name in self.active_adapters:
             if name in self.cells:
                 y = self._adapt(self.cells[name], x, y)
@@ -128,6 +194,26 @@ class Layer(nn.Module, BaseTunerLayer):
         if y.dtype == dtype or torch.is_autocast_enabled(x.device.type):
             return cell(x.to(dtype), y)
         return cell(x.to(dtype), y.to(dtype)).to(y.dtype)
+
+    def __repr__(self) -> str:
+        return f"{self.adapter_layer_names[0].removesuffix('_cell')}.{super().__repr__()}"
+
+
+class Layer(CellLayer):
+    """A linear layer (``nn.Linear``, transformers' ``Conv1D``, or quantised) with a cell for each adapter."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the base layer, then each active cell unless merged or disabled."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        return y if self.disable_adapters or self.merged else self._adapted(x, y)
+
+    def _sizes(self) -> tuple[int, int]:
+        return _get_in_out_features(self.get_base_layer())
+
+    def _cell(self, config: TunerConfig) -> Cell:
+        return FusedCell(self.cell_type, config, self.in_features) if config.fused_parts else super()._cell(config)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -164,18 +250,66 @@ class Layer(nn.Module, BaseTunerLayer):
             raise ModelError(f"merging adapter {name!r} gives NaN or infinite weights: refused, nothing was changed")
         self.set_base_weight(merged)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether :meth:`get_delta_weight` says all that the adapter does."""
-        return self.cell_type.mergeable
 
-    def __repr__(self) -> str:
-        return f"{self.adapter_layer_names[0].removesuffix('_cell')}.{super().__repr__()}"
+class BlockLayer(CellLayer):
+    """A block (a feed-forward network, an attention) with a cell for each adapter; nothing of it can be merged.
+
+    A block whose ``forward`` takes an ``input_tensor`` to add (BERT's output modules, which are the second half of a
+    block) gets it adapted: it is the block's input, and it is added to the block's output. All other blocks get their
+    output adapted, the first item of it where it is a tuple.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, and each active cell unless disabled."""
+        if self.disable_adapters:
+            return self.base_layer(*args, **kwargs)
+        if self._adds_its_input:
+            if "input_tensor" in kwargs:
+                x = kwargs.pop("input_tensor")
+            else:
+                first, x, *rest = args
+                args = (first, *rest)
+            return self.base_layer(*args, input_tensor=self._adapted(x, x), **kwargs)
+        y = self.base_layer(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        return (self._adapted(x, y[0]), *y[1:]) if isinstance(y, tuple) else self._adapted(x, y)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise :class:`ModelError`."""
+        raise ModelError(f"{self.cell_type.__name__} works on a whole block and cannot be merged into its weights")
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+        warnings.warn("already unmerged: nothing to do", stacklevel=2)
+
+    def _sizes(self) -> tuple[int, int]:
+        block = self.get_base_layer()
+        self._adds_its_input = adds_its_input(block)
+        return block_sizes(block)
+
+    def _cell(self, config: TunerConfig) -> Cell:
+        assert isinstance(config, BlockConfig)
+        return self.cell_type(config, *cell_sizes(self.get_base_layer(), config))
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        weights = list(base_layer.parameters())
+        floating = [weight.dtype for weight in weights if weight.is_floating_point()]
+        return (weights[0].device if weights else None), (floating[0] if floating else None)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the block has: models read attributes of their blocks."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
 
 class Tuner(BaseTuner):
-    """Puts a :class:`Layer` around each targeted module; every refusal comes before the model is touched."""
+    """Puts a layer with cells around each targeted module; every refusal comes before the model is touched."""
 
-    tuner_layer_cls: type[Layer]
+    tuner_layer_cls: type[CellLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: TunerConfig, model_config: dict[str, Any]) -> TunerConfig:
@@ -185,6 +319,7 @@ class Tuner(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: TunerConfig, model: nn.Module) -> None:
+        self._first: Cell | None = None
         _maybe_include_all_linear_layers(peft_config, model)
         names = _names_outside_tuners(model)
         wanted = peft_config.target_modules
@@ -206,6 +341,16 @@ class Tuner(BaseTuner):
         if backend is None:
             check_weight(name, base.weight)
         size = _get_in_out_features(base)
+        if config.fused_parts:
+            if size[1] != len(FUSED) * size[0]:
+                raise ModelError(
+                    f"fused_parts: {name!r} ({size[0]} -> {size[1]}) is no fused query, key and value projection, "
+                    "whose out_features are three times its in_features: target another module, or do without"
+                )
+            size = size[0], size[0]
+        self._check_size(config, name, size)
+
+    def _check_size(self, config: TunerConfig, name: str, size: tuple[int, int]) -> None:
         refusal = self.tuner_layer_cls.cell_type.refusal(config, *size)
         if refusal:
             raise ModelError(f"{type(config).__name__} does not fit {name!r} ({size[0]} -> {size[1]}): {refusal}")
@@ -222,11 +367,21 @@ class Tuner(BaseTuner):
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config)
+            self._tie(target.cells[adapter_name])
             return
         layer = self.tuner_layer_cls(target, adapter_name, peft_config, **get_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        self._tie(layer.cells[adapter_name])
+
+    def _tie(self, cell: Cell) -> None:
+        """Let ``cell`` share what it shares with the first one, now and after weights were loaded by assignment."""
+        if self._first is None:
+            object.__setattr__(self, "_first", cell)  # not as a submodule: it has its place in the model
+        elif type(cell).tie is not Cell.tie:
+            cell.tie(self._first)
+            cell.register_load_state_dict_post_hook(functools.partial(_tie_again, self._first))
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -234,7 +389,7 @@ class Tuner(BaseTuner):
             if isinstance(module, self.tuner_layer_cls):
                 self._check_mergeable(name, module)
 
-    def _check_mergeable(self, name: str, layer: Layer) -> None:
+    def _check_mergeable(self, name: str, layer: CellLayer) -> None:
         if not layer.cell_type.mergeable:
             raise ModelError(
                 f"{layer.cell_type.__name__} at {name!r} cannot be merged: use the model as it is, or unload()"
@@ -248,6 +403,90 @@ class Tuner(BaseTuner):
         container = f".{cls.tuner_layer_cls.adapter_layer_names[0]}."
         head, found, tail = key.rpartition(f"{container}{adapter_name}.")
         return f"{head}{container}{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+_DECODER = {"ffn": "mlp", "attention": "self_attn"}
+_T5 = {"ffn": "DenseReluDense", "attention": "SelfAttention|EncDecAttention"}
+#: regular expressions of the names of whole blocks, by the architecture's ``model_type``
+BLOCKS = {
+    "gpt2": {"ffn": "mlp", "attention": "attn|crossattention"},
+    "llama": _DECODER,
+    "mistral": _DECODER,
+    "mt5": _T5,
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+    "t5": _T5,
+    "umt5": _T5,
+    "vit": {"ffn": "mlp", "attention": "attention"},
+}
+#: encoders whose blocks are two modules each, the second of which normalises the sum of the block's input and output
+SPLIT_BLOCKS = ("bert", "roberta", "xlm-roberta", "electra")
+
+
+def block_pattern(model_type: str, blocks: list[str], placement: str) -> str | None:
+    """The regular expression of the modules to wrap; None for an architecture that is not known."""
+    if model_type in SPLIT_BLOCKS:
+        names = {"ffn": "output", "attention": "(?:attention|crossattention).output"}
+        inside = "" if placement == "parallel" else ".dense"
+        wanted = "|".join(names[block] + inside for block in blocks).replace(".", r"\.")
+        return rf"(?:.*\.)?layer\.\d+\.(?:{wanted})"
+    known = BLOCKS.get(model_type)
+    return None if known is None else rf"(?:.*\.)?(?:{'|'.join(known[block] for block in blocks)})"
+
+
+def adds_its_input(block: nn.Module) -> bool:
+    """Whether ``block`` is the second half of a block, which adds the whole block's input and normalises the sum."""
+    return "input_tensor" in inspect.signature(type(block).forward).parameters
+
+
+def block_sizes(block: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a block: those of its first linear layer and of its last."""
+    linear = [m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D)) or hasattr(m, "in_features")]
+    if not linear:
+        raise ModelError(f"{type(block).__name__} holds no linear layer: it is no block that can be adapted")
+    sizes = _get_in_out_features(linear[0])[0], _get_in_out_features(linear[-1])[1]
+    return (sizes[1], sizes[1]) if adds_its_input(block) else sizes
+
+
+def cell_sizes(block: nn.Module, config: BlockConfig) -> tuple[int, int]:
+    """(in_features, out_features) of a cell: as wide on both sides as the block's output where it reads that."""
+    sizes = block_sizes(block)
+    return (sizes[1], sizes[1]) if config.placement == "sequential" else sizes
+
+
+def _tie_again(first: Cell, cell: Cell, _: object) -> None:
+    cell.tie(first)
+
+
+class BlockTuner(Tuner):
+    """Puts a :class:`BlockLayer` around each targeted block."""
+
+    def _prepare_adapter_config(self, peft_config: BlockConfig, model_config: dict[str, Any]) -> BlockConfig:
+        if peft_config.target_modules is None:
+            kind = model_config.get("model_type", "")
+            peft_config.target_modules = block_pattern(kind, peft_config.blocks, peft_config.placement)
+            if peft_config.target_modules is None:
+                known = ", ".join(sorted([*BLOCKS, *SPLIT_BLOCKS]))
+                raise ModelError(
+                    f"the blocks of the architecture {kind or '(unnamed)'!r} are not known (known: {known}); "
+                    'give target_modules the name of its feed-forward block, such as "mlp"'
+                )
+        return peft_config
+
+    def _check_target(self, config: TunerConfig, name: str, module: nn.Module) -> None:
+        block = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        assert isinstance(config, BlockConfig)
+        if config.placement == "sequential" and adds_its_input(block):
+            raise ModelError(
+                f"{name!r} ({type(block).__name__}) gives a normalised sum, not the block's output: "
+                f"for a sequential adapter target {name + '.dense'!r}"
+            )
+        for inner, parameter in block.named_parameters():
+            check_weight(f"{name}.{inner}".removesuffix(".weight"), parameter)
+        self._check_size(config, name, cell_sizes(block, config))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:

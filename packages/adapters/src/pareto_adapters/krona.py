@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import nn
 
-from pareto_adapters._build import attach, merged, resolve_targets
+from pareto_adapters._build import attach, merged, projections
 from pareto_adapters._peft import Cell, TunerConfig
 from pareto_adapters._registration import register
 from pareto_core import ConfigError, Method, Paper
@@ -180,8 +180,9 @@ KronALayer, KronATuner = register(KronAConfig, KronACell)
 class KronA(Method):
     """KronA on the named projections of a task's backbone; its head is trained whole, the rest stays frozen.
 
-    ``target_modules`` are module names, or ``q``, ``k``, ``v``, ``o`` for whatever the architecture calls them.
-    ``finish`` merges: what is deployed has the backbone's architecture, hence its latency and memory.
+    ``target_modules`` are module names, or ``q``, ``k``, ``v``, ``o`` for whatever the architecture calls them; where
+    it fuses them (GPT-2), each gets factors of its own. ``finish`` merges: what is deployed has the backbone's
+    architecture, hence its latency and memory.
     """
 
     paper = Paper(
@@ -209,7 +210,7 @@ class KronA(Method):
             a_shape=self.a_shape,
             scale=self.scale,
             init=self.init,
-            target_modules=resolve_targets(start, self.target_modules),
+            **projections(start, self.target_modules),
         )
         return attach(start, config, task, self.train_layer_norms)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,11 +74,12 @@ def save_transformer(model: Any, directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def load_transformer(directory: Path) -> Any:
+def load_transformer(directory: Path, change: Callable[[nn.Module], object] | None = None) -> Any:
     """Read what :func:`save_transformer` wrote, as the class that was saved, in evaluation mode.
 
-    Biases that a method added to bias-free linear layers are added again; any other difference between the file and the
-    architecture raises :class:`DataError`.
+    Biases that a method added to bias-free linear layers are added again, and ``change`` makes whatever other changes
+    the method made to the architecture; any difference that is left between the file and the model raises
+    :class:`DataError`.
     """
     import torch
     import transformers
@@ -98,6 +99,8 @@ def load_transformer(directory: Path) -> Any:
         dtype = file.get_tensor(min(keys)).dtype
     model: Any = cls(config).to(dtype)
     _add_biases(model, keys)
+    if change is not None:
+        change(model)
     missing, unexpected = load_model(model, directory / "model.safetensors", strict=False)
     if missing or unexpected:
         raise DataError(f"{directory}: missing weights {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
