@@ -9,16 +9,20 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pareto_core import Result
 from pareto_runner.journal import Entry, Journal
+from pareto_runner.tracking import ui_command
 
 #: a command that takes longer than this is wedged
 WEDGED = 300.0
@@ -167,6 +171,54 @@ class Stage:
                 for identity, status in connection.execute(query):
                     found.setdefault(identity, []).append(status)
         return found
+
+
+class TrackingServer:
+    """MLflow's own server before a stage's store, which can be killed and started again at the same address."""
+
+    def __init__(self, stage: Stage) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{port}"
+        self._command, self._folder = ui_command(stage.uri, port), stage.folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it where it does not run, and return when it answers."""
+        if self._process is not None:
+            return
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True
+            )
+        deadline = time.monotonic() + WEDGED
+        while time.monotonic() < deadline:
+            with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{self.uri}/health"):
+                return
+            time.sleep(0.5)
+        raise AssertionError(f"the tracking server did not start: {self._folder / 'server.log'}")
+
+    def stop(self) -> None:
+        """Kill it with all that it started."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def tracking_server(stage: Stage) -> Iterator[TrackingServer]:
+    """Let the stage's suites log through a server, which has ended when this ends."""
+    store, server = stage.uri, TrackingServer(stage)
+    server.start()
+    stage.uri = server.uri
+    try:
+        yield server
+    finally:
+        server.stop()
+        stage.uri = store
 
 
 def identity(path: Path) -> str:

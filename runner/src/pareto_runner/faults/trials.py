@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pareto_runner.faults.stage import Ended, Stage, after, small_disk, small_memory
+from pareto_runner.faults.stage import Ended, Stage, after, small_disk, small_memory, tracking_server
 from pareto_runner.faults.workload import PHASES
 
 #: a trial breaks a suite on the stage, and yields after each command how it ended; ``row`` matches a failed result
@@ -183,6 +183,21 @@ def store_locked(stage: Stage, rng: random.Random, number: int) -> Iterator[Ende
     yield stage.upload()
 
 
+def server_stopped(stage: Stage, rng: random.Random, number: int) -> Iterator[Ended]:
+    """The tracking server is killed at a random moment, and started again after a while or when the suite has ended."""
+    with tracking_server(stage) as server:
+        running = stage.start(*ONE_BY_ONE)
+        stopping = after(rng.uniform(1, SUITE), server.stop)
+        if number % 2:
+            stopping.join()
+            time.sleep(rng.uniform(0, 5))
+            server.start()
+        yield running.wait()
+        stopping.join()
+        server.start()
+        yield stage.upload()
+
+
 def clock_back(stage: Stage, rng: random.Random, number: int) -> Iterator[Ended]:
     """The clock is an hour behind in the second run: as the standard library tells it."""
     yield stage.run("--only", "A")
@@ -214,14 +229,14 @@ def two_at_once(stage: Stage, rng: random.Random, number: int) -> Iterator[Ended
 
 #: name: the trial, how many of 220, and what the failed row says (empty: there need not be one)
 TRIALS: dict[str, tuple[Trial, int, str]] = {
-    "worker killed, in each phase": (in_phase("kill"), 40, r"killed by SIGKILL"),
+    "worker killed, in each phase": (in_phase("kill"), 36, r"killed by SIGKILL"),
     "worker exits, in each phase": (in_phase("exit"), 8, r"ended with status 7"),
     "worker raises, in each phase": (in_phase("raise"), 8, r"a fault that nobody foresaw"),
     "worker hangs, in each phase": (in_phase("hang", "--limit", "0.2"), 8, r"hung"),
     "out of memory, in each phase": (memory, 8, r"out of memory"),
     "loss becomes NaN": (not_a_number, 6, r"loss is nan|not finite|NaN"),
     "any worker killed, random moment": (any_worker_killed, 20, ""),
-    "suite killed, random moment": (parent_killed, 40, ""),
+    "suite killed, random moment": (parent_killed, 36, ""),
     "suite interrupted (Ctrl-C), random moment": (parent_stopped(signal.SIGINT), 10, ""),
     "suite terminated, random moment": (parent_stopped(signal.SIGTERM), 10, ""),
     "disk full, random moment": (disk_full, 10, ""),
@@ -229,6 +244,7 @@ TRIALS: dict[str, tuple[Trial, int, str]] = {
     "journal file cut off": (journal_truncated, 10, ""),
     "checkpoint corrupted": (checkpoint_corrupted, 9, r"killed by SIGKILL"),
     "store locked": (store_locked, 8, ""),
+    "tracking server killed, random moment": (server_stopped, 8, ""),
     "clock steps back": (clock_back, 7, ""),
     "two suites at once on one store": (two_at_once, 10, ""),
 }
