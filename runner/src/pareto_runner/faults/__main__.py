@@ -144,6 +144,11 @@ def chosen(count: int, only: str) -> list[tuple[str, int]]:
     return trials
 
 
+def recorded(path: Path) -> list[Outcome]:
+    """The outcomes of an earlier run, none where there was none."""
+    return [Outcome(**item) for item in json.loads(path.read_text())] if path.exists() else []
+
+
 def show(outcomes: Sequence[Outcome], total: int, console: Console) -> None:
     """Print the last outcome: whole where something went wrong, else a line where there is no progress bar."""
     outcome = outcomes[-1]
@@ -154,11 +159,16 @@ def show(outcomes: Sequence[Outcome], total: int, console: Console) -> None:
 
 
 def main() -> int:
-    """Run the trials, one per CPU at a time, and print the table; exit code 1 where anything was damaged."""
+    """Run the trials, one per CPU at a time, and print the table; exit code 1 where anything was damaged.
+
+    Those whose outcomes are in the folder already are not repeated, so that a long run can be cut short and go on.
+    """
     parser = argparse.ArgumentParser(prog="python -m pareto_runner.faults", description=__doc__)
     parser.add_argument("--count", type=int, default=220, help="how many faults, in fixed proportions (default: 220)")
     parser.add_argument("--only", default="", help="only the kinds whose name contains this")
-    parser.add_argument("--out", type=Path, default=Path("results/faults"), help="where outcomes are kept")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/faults"), help="where outcomes are kept; a run goes on from those"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folders of trials that went wrong")
     arguments = parser.parse_args()
     console = Console()
@@ -166,7 +176,7 @@ def main() -> int:
     cpus: queue.SimpleQueue[int] = queue.SimpleQueue()
     for cpu in os.sched_getaffinity(0):
         cpus.put(cpu)
-    outcomes: list[Outcome] = []
+    outcomes = recorded(arguments.out / "faults.json")
     arguments.out.mkdir(parents=True, exist_ok=True)
     template = arguments.out / "template.db"
     if not template.exists():
@@ -187,7 +197,9 @@ def main() -> int:
 
     with Progress(console=console) as progress, concurrent.futures.ThreadPoolExecutor(cpus.qsize()) as pool:
         bar = progress.add_task("faults", total=len(trials))
-        running = [pool.submit(one, *trial) for trial in trials]
+        past = {(outcome.kind, outcome.number) for outcome in outcomes}
+        progress.advance(bar, len(past))
+        running = [pool.submit(one, *trial) for trial in trials if trial not in past]
         with contextlib.suppress(KeyboardInterrupt):  # the table is then made of what is done
             for done in concurrent.futures.as_completed(running):
                 outcomes.append(done.result())
