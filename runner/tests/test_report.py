@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import math
 import re
 import runpy
@@ -468,3 +469,21 @@ def test_training_curves_are_averaged_over_steps_and_seeds() -> None:
     assert found.mean == (0.5, 1.5, 2.5)
     assert (found.low, found.high) == ((0.0, 1.0, 2.0), (1.0, 2.0, 3.0))
     assert found.steps == (4.0, 12.0, 20.0)  # middles of steps 0 to 7, 8 to 15, 16 to 23
+
+
+def test_a_full_disk_keeps_the_last_report_and_says_so(tmp_path, monkeypatch):
+    path = report.write_report([ok("BitFit")], {NAME: INFO}, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    write = Path.write_bytes
+
+    def fill(file: Path, content: bytes) -> int:
+        if file.suffix != ".html":
+            return write(file, content)
+        write(file, content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(DataError, match=r"could not be written to .*: No space left on device; no result is lost"):
+        report.write_report([ok("LoRA r=1")], {NAME: INFO}, tmp_path)
+    assert path.read_bytes() == before[path.name]
+    assert {file.name for file in tmp_path.iterdir()} == set(before)

@@ -99,8 +99,7 @@ def bench(
         from pareto_runner.report import terminal_table
 
         console.print(terminal_table(results))
-        report_path = write(out, questions)
-        console.print(f"Report: {report_path}\nCompare the runs: pareto ui", soft_wrap=True)
+    written = write_or_say(out, questions) if results else True
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
         errors.print(f"failed: {result.spec.variant} (seed {result.spec.seed}): {result.reason}")
@@ -108,7 +107,7 @@ def bench(
             errors.print(result.log, style="dim")
     if interrupted:
         errors.print("interrupted: what is done is kept; the same command goes on from here")
-    raise typer.Exit(130 if interrupted else 1 if failed else 0)
+    raise typer.Exit(130 if interrupted else 1 if failed or not written else 0)
 
 
 @app.command("list")
@@ -303,6 +302,19 @@ def write(out: Path, questions: Sequence[Question]) -> Path:
         errors.print(f"left out: {item.path} is {item.reason}", soft_wrap=True)
     about = {name: info for question in questions for name, info in infos(question).items()}
     return write_report(latest(entry.result for entry in entries), about, out, damaged)
+
+
+def write_or_say(out: Path, questions: Sequence[Question]) -> bool:
+    """Write the report and say where it is, or why there is none; returns whether there is."""
+    from pareto_core import ParetoError
+
+    try:
+        path = write(out, questions)
+    except ParetoError as error:
+        errors.print(f"error: {error}", style="red", soft_wrap=True)
+        return False
+    console.print(f"Report: {path}\nCompare the runs: pareto ui", soft_wrap=True)
+    return True
 
 
 def main() -> None:

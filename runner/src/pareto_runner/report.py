@@ -10,7 +10,7 @@ import csv
 import io
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,24 +173,39 @@ def write_report(
     """Write ``report.html``, ``report.md`` and each question's figures and CSV to ``directory``; return the HTML file.
 
     ``damaged`` are the files of the journal that could not be read: the report lists them. Raises :class:`DataError`
-    where there are no results.
+    where there are no results, or where the disk takes no report.
     """
     if not results:
         raise DataError("no results to report on: run `pareto bench` first, or name the journal that has them")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     sections = make_sections(results, questions)
-    pictures = {section.slug: _write_figures(section, directory) for section in sections}
-    values = _template_values(results, sections, pictures)
-    values["damaged"] = [(item.path.name, item.reason) for item in damaged]
-    _write(directory / "report.md", _render("report.md.j2", values))
-    path = directory / "report.html"
-    _write(path, _render("report.html.j2", values))
+    path = Path(directory) / "report.html"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures = {section.slug: _write_figures(section, path.parent) for section in sections}
+        values = _template_values(results, sections, pictures)
+        values["damaged"] = [(item.path.name, item.reason) for item in damaged]
+        _write(path.with_suffix(".md"), _render("report.md.j2", values))
+        _write(path, _render("report.html.j2", values))
+    except OSError as error:
+        problem = f"the report could not be written to {directory}: {error.strerror or error}"
+        raise DataError(f"{problem}; no result is lost, and `pareto report` writes it from the journal") from error
     return path
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_bytes(text.encode("utf-8", errors="replace"))  # a name out of JSON can hold half a surrogate pair
+    content = text.encode("utf-8", errors="replace")  # a name out of JSON can hold half a surrogate pair
+    _replace(path, lambda new: new.write_bytes(content))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file that takes the place of ``path`` when it is whole."""
+    new = path.with_name(f".{path.name}")
+    try:
+        write(new)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _write_figures(section: Section, directory: Path) -> dict[str, list[str]]:
@@ -214,7 +229,7 @@ def _write_figures(section: Section, directory: Path) -> dict[str, list[str]]:
 
 def _save(picture: Picture, title: str, stem: Path) -> None:
     _write(stem.with_suffix(".svg"), picture.svg(title, standalone=True))
-    picture.save_png(stem.with_suffix(".png"))
+    _replace(stem.with_suffix(".png"), picture.save_png)
 
 
 def section_csv(section: Section) -> str:

@@ -123,9 +123,10 @@ def prepare(
         resampled = resample_scores(task, records)
     if resumed:
         phases.add([Measurement(name="resumed_steps", value=resumed, unit="steps")])
-    phases.add(score_measurements(scores, len(records)))
+    phases.add(score_measurements(scores, task.units, len(records)))
     phases.add([Measurement(name="weight_mib", value=weight_bytes(model) / MIB, unit="MiB")])
-    method = methods[-1][-1]
+    for method in methods[-1]:
+        phases.add(method.figures(model))
     result = Result(
         spec=spec,
         status="ok",
@@ -284,9 +285,11 @@ def parameter_measurements(trainable: int, total: int) -> list[Measurement]:
     ]
 
 
-def score_measurements(scores: Mapping[str, float], count: int) -> list[Measurement]:
-    """One per metric, over ``count`` records."""
-    return [Measurement(name=name, value=value, unit="%", samples=count) for name, value in scores.items()]
+def score_measurements(scores: Mapping[str, float], units: Mapping[str, str], count: int) -> list[Measurement]:
+    """One per metric, over ``count`` records; in percent where ``units`` says nothing else."""
+    return [
+        Measurement(name=name, value=value, unit=units.get(name, "%"), samples=count) for name, value in scores.items()
+    ]
 
 
 def probe_logits(task: Task, model: Any) -> Any:

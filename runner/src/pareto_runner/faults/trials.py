@@ -199,7 +199,11 @@ def server_stopped(stage: Stage, rng: random.Random, number: int) -> Iterator[En
 
 
 def clock_back(stage: Stage, rng: random.Random, number: int) -> Iterator[Ended]:
-    """The clock is an hour behind in the second run: as the standard library tells it."""
+    """The clock is an hour behind in the second run: as the standard library tells it.
+
+    The process that writes to MLflow sees it by ``time`` alone: compiled libraries there crash on a replaced
+    ``datetime``, which no stepping clock makes them do.
+    """
     yield stage.run("--only", "A")
     shim = stage.folder / "shim"
     shim.mkdir()
@@ -211,10 +215,12 @@ def clock_back(stage: Stage, rng: random.Random, number: int) -> Iterator[Ended]
         "class Behind(datetime.datetime):\n"
         "    @classmethod\n"
         "    def now(cls, tz=None): return cls.fromtimestamp(time.time(), tz)\n"
-        "datetime.datetime = Behind\n"
+        "import sys\n"
+        "if 'pareto_runner.upload' not in sys.orig_argv: datetime.datetime = Behind\n"
     )
-    yield stage.run("--only", "A", "--fresh", PYTHONPATH=str(shim))
-    yield stage.run(PYTHONPATH=str(shim))
+    path = os.pathsep.join([str(shim), *filter(None, [os.environ.get("PYTHONPATH")])])
+    yield stage.run("--only", "A", "--fresh", PYTHONPATH=path)
+    yield stage.run(PYTHONPATH=path)
 
 
 def two_at_once(stage: Stage, rng: random.Random, number: int) -> Iterator[Ended]:
