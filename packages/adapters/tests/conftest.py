@@ -36,6 +36,18 @@ def tiny_model(kind: str) -> torch.nn.Module:
             max_position_embeddings=16,
         )
         return tf.LlamaForCausalLM(config)
+    if kind == "vit":
+        config = tf.ViTConfig(
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=3,
+        )
+        return tf.ViTForImageClassification(config)
     config = tf.BertConfig(
         vocab_size=40,
         hidden_size=16,
@@ -51,6 +63,9 @@ def tiny_model(kind: str) -> torch.nn.Module:
 
 
 def tiny_batch(kind: str) -> dict[str, torch.Tensor]:
+    if kind == "vit":
+        pixels = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        return {"pixel_values": pixels, "labels": torch.tensor([0, 1, 2, 1])}
     ids = torch.randint(3, 40, (4, 7), generator=torch.Generator().manual_seed(1))
     if kind == "bert":
         return {"input_ids": ids, "labels": torch.tensor([0, 1, 2, 1])}
@@ -65,3 +80,11 @@ def make_model():
 @pytest.fixture
 def make_batch():
     return tiny_batch
+
+
+@pytest.fixture
+def t5_base():
+    """T5-base's 222,903,552 parameters, without their values."""
+    config = tf.T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)
+    with torch.device("meta"):
+        return tf.T5ForConditionalGeneration(config).requires_grad_(False)

@@ -1,23 +1,65 @@
+"""Every method on every architecture: it conforms, or it refuses with the reason given here."""
+
 from __future__ import annotations
+
+from typing import Any, get_args
 
 import pytest
 
-from pareto_core.testing import TinyTask, check_method, entry_point_methods, load_method
+from pareto_core import ParetoError
+from pareto_core.testing import check_method, entry_point_methods, load_method
+from pareto_core.tiny import Architecture, TinyTask
 
-#: what a method's defaults need of the tiny task: KronA's (32, 24) divides a width of 96
-TASK = TinyTask(hidden=96)
 NAMES = entry_point_methods("pareto_adapters")
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+
+#: fields of a method whose defaults are for larger models than the tiny ones
+SETTINGS: dict[str, dict[str, Any]] = {
+    "compacter": {"reduction_factor": 12},
+    "r_loda": {"rank": 24},
+    "r_loda_plus": {"rank": 24},
+}
+
+NO_TEXT = "for causal language models: .* generates no text"
+NO_DECODER = "for causal language models: T5ForConditionalGeneration answers a text"
+#: why a method refuses an architecture
+REFUSED: dict[str, dict[str, str]] = {
+    "one_shot": {"bert": NO_TEXT, "vit": NO_TEXT, "t5": NO_DECODER},
+    "prefix_tuning": {
+        "bert": "5 positions in front of texts of up to 12 tokens, but BertForSequenceClassification has 12",
+        "vit": "the layers of ViTForImageClassification read no keys and values but their own",
+        "t5": "give several layers of its decoder one part of the prefix",
+    },
+    "prelayer": {"bert": NO_TEXT, "vit": NO_TEXT, "t5": NO_DECODER},
+}
 
 
-def test_the_package_provides_its_methods():
-    assert {"bitfit", "full", "krona", "lora"} <= set(NAMES)
+def tiny(name: str, **fields: Any) -> Any:
+    return load_method(name)(**SETTINGS.get(name, {}), **fields)
 
 
+def task_of(architecture: Architecture) -> TinyTask:
+    return TinyTask(architecture=architecture, hidden=96)  # KronA's (32, 24) divides it
+
+
+def test_what_is_said_here_is_said_of_methods_that_exist():
+    assert {"bitfit", "full", "krona", "lora", "one_shot", "prefix_tuning", "prelayer"} <= set(NAMES)
+    assert {*SETTINGS, *REFUSED} <= set(NAMES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", NAMES)
-def test_defaults_conform(name):
-    check_method(load_method(name)(), TASK)
+def test_conforms_or_says_why_not(name, architecture):
+    method, task = tiny(name), task_of(architecture)
+    reason = REFUSED.get(name, {}).get(architecture)
+    if reason is None:
+        check_method(method, task)
+    else:
+        with pytest.raises(ParetoError, match=reason):
+            method.build(task)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "train_layer_norms" in load_method(name).field_names()])
-def test_with_layer_norms_conform(name):
-    check_method(load_method(name)(train_layer_norms=True), TASK)
+def test_conforms_with_layer_norms_trained(name):
+    architecture = next(kind for kind in ARCHITECTURES if kind not in REFUSED.get(name, {}))
+    check_method(tiny(name, train_layer_norms=True), task_of(architecture))

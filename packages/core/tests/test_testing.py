@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from pareto_core import Edit, Method, Paper, Task
 from pareto_core.testing import TinyTask, check_config, check_method, entry_point_methods
+from pareto_core.tiny import Architecture
 from pareto_core.weights import unfreeze
 
 PAPER = Paper("A title", "A. Author", 2020, "https://example.org/paper")
@@ -29,6 +30,22 @@ class HeadOnly(Method):
         start = self.starting_model(task, model)
         unfreeze(start, task.spec.head)
         return start
+
+
+class Everything(HeadOnly):
+    """Correct: trains all."""
+
+    def build(self, task: Task, model: Any = None, teacher: nn.Module | None = None) -> nn.Module:
+        return self.starting_model(task, model).requires_grad_(True)
+
+
+class SaysSomethingElse(Everything):
+    """Generates something else than what its logits say, once it was loaded."""
+
+    def load(self, directory: Path) -> Any:
+        model = super().load(directory)
+        model.generate = lambda input_ids, **settings: input_ids
+        return model
 
 
 class Untrained(HeadOnly):
@@ -168,6 +185,16 @@ def test_correct_methods_pass(method: Method) -> None:
     check_method(method)
 
 
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_correct_methods_pass_on_every_architecture(architecture: Architecture) -> None:
+    check_method(Everything(), TinyTask(architecture=architecture))
+
+
+def test_what_a_loaded_model_generates_is_compared() -> None:
+    with pytest.raises(AssertionError, match="save and load changed what is generated"):
+        check_method(SaysSomethingElse(), TinyTask(architecture="gpt2"))
+
+
 @pytest.mark.parametrize(
     ("method", "complaint"),
     [
@@ -202,21 +229,3 @@ def test_a_url_is_needed() -> None:
 
 def test_no_methods_are_registered_by_core() -> None:
     assert entry_point_methods("pareto_core") == []
-
-
-def test_the_tiny_task_by_hand() -> None:
-    task = TinyTask(items=40, length=10)
-    (batch,) = task.batches("test", 40, 0)
-    for ids, label in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        assert label == (ids.count(1) > ids.count(2))
-    assert 5 < int(batch["labels"].sum()) < 35
-    first, second = task.backbone(), task.backbone()
-    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    train, test = (next(iter(task.batches(split, 40, 0)))["input_ids"] for split in ("train", "test"))
-    assert sorted(train.tolist()) != sorted(test.tolist())
-    records = task.records(first.eval(), "test")
-    right = sum(r.prediction == r.label for r in records)
-    assert task.score(records) == {"accuracy": 100.0 * right / 40}
-    assert [r.label for r in records] == ["yes" if label else "no" for label in batch["labels"].tolist()]
-    assert {name: r.batch_size for name, r in task.requests().items()} == {"batch1": 1, "batch8": 8}

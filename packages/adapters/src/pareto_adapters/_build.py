@@ -36,8 +36,7 @@ def resolve_targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     A model that mixes spellings (an encoder and a decoder of different families) gets all that it has. Raises
     :class:`ModelError` naming the linear layers that exist, and for a model that holds adapters already.
     """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ModelError("the model holds adapters already: finish (merge) them in an earlier stage first")
+    refuse_adapters(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
     def present(target: str) -> bool:
@@ -51,6 +50,12 @@ def resolve_targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
             raise ModelError(f"target module {name!r} is not a linear layer of {type(model).__name__}; {known}")
         found += spelled
     return found
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise :class:`ModelError` for a model that holds adapters, or that PEFT wraps for a prefix."""
+    if any(isinstance(module, (BaseTunerLayer, peft.PeftModel)) for module in model.modules()):
+        raise ModelError("the model holds adapters already: finish (merge) them in an earlier stage first")
 
 
 def projections(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
@@ -78,6 +83,7 @@ def attach(model: nn.Module, config: peft.PeftConfig, task: Task, train_layer_no
     The head and the layer norms are trained in place, not as PEFT's ``modules_to_save``: one way for every method,
     which needs no second copy and which merging cannot lose.
     """
+    refuse_adapters(model)
     check_finite(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tuned = peft.get_peft_model(model, config)

@@ -9,9 +9,10 @@ adapters, disabling, merging, quantised bases, meta-device loading and the check
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
+import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -72,16 +73,43 @@ class TunerConfig(PeftConfig):
             names = getattr(self, name)
             if isinstance(names, (list, tuple, set)):
                 setattr(self, name, set(names))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            expected = f"PEFT ignores it where target_modules is a text ({self.target_modules!r}): list the modules"
+            raise ConfigError(type(self).__name__, "layers_to_transform", self.layers_to_transform, expected)
+
+
+def check_number(config: TunerConfig, field: str) -> None:
+    """Raise :class:`ConfigError` unless ``field`` of ``config`` is a finite number."""
+    value = getattr(config, field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(type(config).__name__, field, value, "expected a finite number")
+
+
+def check_count(config: TunerConfig, field: str) -> None:
+    """Raise :class:`ConfigError` unless ``field`` of ``config`` is an integer above 0."""
+    value = getattr(config, field)
+    if type(value) is not int or value < 1:
+        raise ConfigError(type(config).__name__, field, value, "expected an integer above 0")
+
+
+def check_choice(config: TunerConfig, field: str, options: Sequence[object]) -> None:
+    """Raise :class:`ConfigError` unless ``field`` of ``config`` is one of ``options``."""
+    value = getattr(config, field)
+    if not any(value == option and type(value) is type(option) for option in options):
+        expected = f"expected one of {', '.join(map(str, options))}"
+        raise ConfigError(type(config).__name__, field, value, expected)
 
 
 @dataclasses.dataclass
 class BlockConfig(TunerConfig):
-    """Which blocks a tuner adapts: the ``ffn`` of every layer, or the ``attention``, or both.
+    """Which blocks a tuner adapts: the ``ffn`` of every layer, the self-``attention``, both, or the whole ``layer``.
 
     ``target_modules`` None finds them for the architectures of :data:`BLOCKS`; other models need it. ``placement`` is
     ``parallel`` (the adapter reads the block's input) or ``sequential`` (it reads its output); a method that has only
-    one of them fixes it.
+    one of them says so in ``placements``.
     """
+
+    placements: ClassVar[tuple[str, ...]] = ("parallel", "sequential")
 
     blocks: list[str] = dataclasses.field(default_factory=lambda: ["ffn"])
     placement: str = "parallel"
@@ -89,12 +117,31 @@ class BlockConfig(TunerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.blocks = list(self.blocks)
-        if not self.blocks or not set(self.blocks) <= {"ffn", "attention"}:
-            raise ConfigError(type(self).__name__, "blocks", self.blocks, "expected ffn, attention or both")
-        if self.placement not in ("parallel", "sequential"):
-            raise ConfigError(type(self).__name__, "placement", self.placement, "expected parallel or sequential")
+        if self.blocks != ["layer"] and (not self.blocks or not set(self.blocks) <= {"ffn", "attention"}):
+            raise ConfigError(type(self).__name__, "blocks", self.blocks, "expected ffn, attention or both, or layer")
+        check_choice(self, "placement", self.placements)
         if self.fused_parts is not None:
             raise ConfigError(type(self).__name__, "fused_parts", self.fused_parts, "a block has no fused parts")
+
+
+class LinearMap(nn.Module):
+    """Base of a linear layer that stores no matrix of its size, such as a product of factors.
+
+    Adapters can be put beside it, but not merged into it. It sets ``in_features`` and ``out_features``; ``weight`` is
+    one of its factors, from which PEFT reads device and dtype, and ``bias`` may be None.
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer of any kind, also where its weight is partitioned."""
+    if isinstance(module, LinearMap):
+        return module.in_features, module.out_features
+    return _get_in_out_features(module)
 
 
 class Cell(nn.Module):
@@ -116,8 +163,16 @@ class Cell(nn.Module):
         """What merging adds to ``nn.Linear.weight``, of shape (out_features, in_features)."""
         raise ModelError(f"{type(self).__name__} cannot be merged into a weight")
 
+    def elementwise_macs(self) -> int:
+        """Multiply-accumulates per token that are no matrix product, as its paper counts them. Default: none are."""
+        return 0
+
     def tie(self, first: Cell) -> None:
-        """Take the parameters that all layers share from ``first``, the cell of the first layer. Default: none are."""
+        """Hold no parameters that all layers share, but read those of ``first``, the cell of the first layer.
+
+        By reading from the cell, not from its parameter, sharing outlives whatever replaces that: loading, moving. By
+        default nothing is shared.
+        """
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Map the layer's input (..., in_features) and output (..., out_features) to the adapted output."""
@@ -143,6 +198,10 @@ class FusedCell(Cell):
         deltas = {name: cell.delta() for name, cell in self.parts.items()}
         empty = torch.zeros_like(next(iter(deltas.values())))
         return torch.cat([deltas.get(name, empty) for name in FUSED])
+
+    def elementwise_macs(self) -> int:
+        """Those of all parts."""
+        return sum(cell.elementwise_macs() for cell in self.parts.values())
 
 
 class CellLayer(nn.Module, BaseTunerLayer):
@@ -184,9 +243,10 @@ class CellLayer(nn.Module, BaseTunerLayer):
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``y`` after each active cell."""
+        cells = self.cells
         for name in self.active_adapters:
-            if name in self.cells:
-                y = self._adapt(self.cells[name], x, y)
+            if name in cells:
+                y = self._adapt(cells[name], x, y)
         return y
 
     def _adapt(self, cell: Cell, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -210,7 +270,7 @@ class Layer(CellLayer):
         return y if self.disable_adapters or self.merged else self._adapted(x, y)
 
     def _sizes(self) -> tuple[int, int]:
-        return _get_in_out_features(self.get_base_layer())
+        return linear_sizes(self.get_base_layer())
 
     def _cell(self, config: TunerConfig) -> Cell:
         return FusedCell(self.cell_type, config, self.in_features) if config.fused_parts else super()._cell(config)
@@ -335,12 +395,12 @@ class Tuner(BaseTuner):
     def _check_target(self, config: TunerConfig, name: str, module: nn.Module) -> None:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(self))
-        linear = isinstance(base, (nn.Linear, Conv1D)) if backend is None else backend.layer_type == "linear"
+        linear = isinstance(base, (nn.Linear, Conv1D, LinearMap)) if backend is None else backend.layer_type == "linear"
         if not linear:
             raise ModelError(f"target module {name!r} is {type(base).__name__}: only linear layers can be adapted")
         if backend is None:
             check_weight(name, base.weight)
-        size = _get_in_out_features(base)
+        size = linear_sizes(base)
         if config.fused_parts:
             if size[1] != len(FUSED) * size[0]:
                 raise ModelError(
@@ -376,12 +436,11 @@ class Tuner(BaseTuner):
         self._tie(layer.cells[adapter_name])
 
     def _tie(self, cell: Cell) -> None:
-        """Let ``cell`` share what it shares with the first one, now and after weights were loaded by assignment."""
+        """Let ``cell`` share what it shares with the first one of its adapter."""
         if self._first is None:
             object.__setattr__(self, "_first", cell)  # not as a submodule: it has its place in the model
-        elif type(cell).tie is not Cell.tie:
+        else:
             cell.tie(self._first)
-            cell.register_load_state_dict_post_hook(functools.partial(_tie_again, self._first))
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -394,6 +453,8 @@ class Tuner(BaseTuner):
             raise ModelError(
                 f"{layer.cell_type.__name__} at {name!r} cannot be merged: use the model as it is, or unload()"
             )
+        if isinstance(layer.get_base_layer(), LinearMap):
+            raise ModelError(f"{name!r} stores no matrix that an adapter could be merged into: use the model as it is")
         for adapter in [key for key in layer.active_adapters if key in layer.cells]:
             if not all(bool(p.isfinite().all()) for p in layer.cells[adapter].parameters()):
                 raise ModelError(f"adapter {adapter!r} at {name!r} holds NaN or infinite weights: nothing was merged")
@@ -405,11 +466,11 @@ class Tuner(BaseTuner):
         return f"{head}{container}{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
 
 
-_DECODER = {"ffn": "mlp", "attention": "self_attn"}
-_T5 = {"ffn": "DenseReluDense", "attention": "SelfAttention|EncDecAttention"}
+_DECODER = {"ffn": "mlp", "attention": "self_attn", "layer": r"layers\.\d+"}
+_T5 = {"ffn": "DenseReluDense", "attention": "SelfAttention", "layer": r"block\.\d+"}
 #: regular expressions of the names of whole blocks, by the architecture's ``model_type``
 BLOCKS = {
-    "gpt2": {"ffn": "mlp", "attention": "attn|crossattention"},
+    "gpt2": {"ffn": "mlp", "attention": "attn", "layer": r"h\.\d+"},
     "llama": _DECODER,
     "mistral": _DECODER,
     "mt5": _T5,
@@ -417,21 +478,34 @@ BLOCKS = {
     "qwen3": _DECODER,
     "t5": _T5,
     "umt5": _T5,
-    "vit": {"ffn": "mlp", "attention": "attention"},
+    "vit": {"ffn": "mlp", "attention": "attention", "layer": r"layers\.\d+"},
 }
 #: encoders whose blocks are two modules each, the second of which normalises the sum of the block's input and output
 SPLIT_BLOCKS = ("bert", "roberta", "xlm-roberta", "electra")
 
 
-def block_pattern(model_type: str, blocks: list[str], placement: str) -> str | None:
+def block_pattern(model_type: str, config: BlockConfig) -> str | None:
     """The regular expression of the modules to wrap; None for an architecture that is not known."""
-    if model_type in SPLIT_BLOCKS:
-        names = {"ffn": "output", "attention": "(?:attention|crossattention).output"}
-        inside = "" if placement == "parallel" else ".dense"
-        wanted = "|".join(names[block] + inside for block in blocks).replace(".", r"\.")
-        return rf"(?:.*\.)?layer\.\d+\.(?:{wanted})"
     known = BLOCKS.get(model_type)
-    return None if known is None else rf"(?:.*\.)?(?:{'|'.join(known[block] for block in blocks)})"
+    if model_type in SPLIT_BLOCKS:
+        layer, inside = r"layer\.\d+", "" if config.placement == "parallel" else r"\.dense"
+        known = {
+            "ffn": rf"{layer}\.output{inside}",
+            "attention": rf"{layer}\.attention\.output{inside}",
+            "layer": layer,
+        }
+    if known is None:
+        return None
+    names = "|".join(known[block] for block in config.blocks)
+    return rf"{_first_number(config.layers_to_transform)}(?:.*\.)?(?:{names})"
+
+
+def _first_number(wanted: list[int] | int | None) -> str:
+    """What, before a regular expression of names, keeps to those whose first number (the layer's) is ``wanted``."""
+    if wanted is None:
+        return ""
+    numbers = "|".join(map(str, [wanted] if isinstance(wanted, int) else wanted))
+    return rf"(?=(?:(?!\d+\b)[^.]+\.)*(?:{numbers})(?:\.|$))"
 
 
 def adds_its_input(block: nn.Module) -> bool:
@@ -444,7 +518,7 @@ def block_sizes(block: nn.Module) -> tuple[int, int]:
     linear = [m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D)) or hasattr(m, "in_features")]
     if not linear:
         raise ModelError(f"{type(block).__name__} holds no linear layer: it is no block that can be adapted")
-    sizes = _get_in_out_features(linear[0])[0], _get_in_out_features(linear[-1])[1]
+    sizes = linear_sizes(linear[0])[0], linear_sizes(linear[-1])[1]
     return (sizes[1], sizes[1]) if adds_its_input(block) else sizes
 
 
@@ -454,23 +528,20 @@ def cell_sizes(block: nn.Module, config: BlockConfig) -> tuple[int, int]:
     return (sizes[1], sizes[1]) if config.placement == "sequential" else sizes
 
 
-def _tie_again(first: Cell, cell: Cell, _: object) -> None:
-    cell.tie(first)
-
-
 class BlockTuner(Tuner):
     """Puts a :class:`BlockLayer` around each targeted block."""
 
     def _prepare_adapter_config(self, peft_config: BlockConfig, model_config: dict[str, Any]) -> BlockConfig:
         if peft_config.target_modules is None:
             kind = model_config.get("model_type", "")
-            peft_config.target_modules = block_pattern(kind, peft_config.blocks, peft_config.placement)
+            peft_config.target_modules = block_pattern(kind, peft_config)
             if peft_config.target_modules is None:
                 known = ", ".join(sorted([*BLOCKS, *SPLIT_BLOCKS]))
                 raise ModelError(
                     f"the blocks of the architecture {kind or '(unnamed)'!r} are not known (known: {known}); "
                     'give target_modules the name of its feed-forward block, such as "mlp"'
                 )
+            peft_config.layers_to_transform = None  # the pattern says it
         return peft_config
 
     def _check_target(self, config: TunerConfig, name: str, module: nn.Module) -> None:
@@ -481,8 +552,10 @@ class BlockTuner(Tuner):
                 f"{name!r} ({type(block).__name__}) gives a normalised sum, not the block's output: "
                 f"for a sequential adapter target {name + '.dense'!r}"
             )
-        for inner, parameter in block.named_parameters():
-            check_weight(f"{name}.{inner}".removesuffix(".weight"), parameter)
+        for inner, part in block.named_modules(prefix=name):
+            if resolve_quantization_backend(part, **get_quantization_kwargs(self)) is None:
+                for kind, parameter in part.named_parameters(recurse=False):
+                    check_weight(f"{inner}.{kind}".removesuffix(".weight"), parameter)
         self._check_size(config, name, cell_sizes(block, config))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -505,7 +578,7 @@ def _names_outside_tuners(model: nn.Module) -> list[str]:
 
 
 def _linear_names(model: nn.Module, wanted: str = "") -> str:
-    linear = (nn.Linear, Conv1D, BaseTunerLayer)
+    linear = (nn.Linear, Conv1D, LinearMap, BaseTunerLayer)
     modules = [(name, model.get_submodule(name)) for name in _names_outside_tuners(model)]
     return suggest(wanted, {name.rpartition(".")[2] for name, module in modules if isinstance(module, linear)})
 

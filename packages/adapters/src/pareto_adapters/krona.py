@@ -34,7 +34,9 @@ import torch
 from torch import nn
 
 from pareto_adapters._build import attach, merged, projections
-from pareto_adapters._peft import Cell, TunerConfig
+from pareto_adapters._kron import cheaper_order, kron, nearest_shapes
+from pareto_adapters._kron import multiplications as multiplications
+from pareto_adapters._peft import Cell, TunerConfig, check_choice, check_number
 from pareto_adapters._registration import register
 from pareto_core import ConfigError, Method, Paper
 
@@ -44,66 +46,28 @@ if TYPE_CHECKING:
 Init = Literal["kaiming", "normal"]
 
 
-def kron(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Kronecker product of ``a`` (m1, n1) and ``b`` (m2, n2): the matrix (m1·m2, n1·n2) itself."""
-    # Eq. (4.1)
-    return torch.einsum("ij,kl->ikjl", a, b).reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
+def check_factors(config: Any) -> None:
+    """Check ``a_shape``, ``scale`` and ``init`` of a PEFT configuration; ``a_shape`` becomes a tuple.
+
+    Raises :class:`ConfigError`.
+    """
+    shape = config.a_shape
+    if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+        raise ConfigError(type(config).__name__, "a_shape", shape, "expected two integers above 0: (m1, n1)")
+    config.a_shape = tuple(shape)
+    check_number(config, "scale")
+    check_choice(config, "init", get_args(Init))
 
 
-def kron_linear(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``x @ kron(a, b)`` for ``x`` of shape (…, m1·m2), giving (…, n1·n2) without forming the product."""
-    m1, n1, m2, n2 = *a.shape, *b.shape
-    y = x.new_zeros(*x.shape[:-1], n1 * n2)
-    return cheaper_order(m1, n1, m2, n2)(y, x, a, b, 1.0)
-
-
-def add_a_first(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """``y + scale * x @ kron(a, b)``, contracting with ``a`` first; shapes as in :func:`kron_linear`."""
-    (m1, n1), (m2, n2) = a.shape, b.shape
-    # Eq. (4.2)
-    h = torch.bmm(a.t().expand(x.numel() // (m1 * m2), n1, m1), x.reshape(-1, m1, m2))
-    # Eq. (4.3)
-    return torch.addmm(y.reshape(-1, n2), h.view(-1, m2), b, alpha=scale).view(y.shape)
-
-
-def add_b_first(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """``y + scale * x @ kron(a, b)``, contracting with ``b`` first; shapes as in :func:`kron_linear`."""
-    (m1, n1), (m2, n2) = a.shape, b.shape
-    # Eq. (4.2)
-    h = torch.mm(x.reshape(-1, m2), b).view(-1, m1, n2)
-    # Eq. (4.3)
-    return torch.baddbmm(y.reshape(-1, n1, n2), a.t().expand(len(h), n1, m1), h, alpha=scale).view(y.shape)
-
-
-def multiplications(m1: int, n1: int, m2: int, n2: int) -> tuple[int, int]:
-    """Multiplications per row of (A first, B first)."""
-    return n1 * m2 * (m1 + n2), m1 * n2 * (m2 + n1)
-
-
-def cheaper_order(m1: int, n1: int, m2: int, n2: int) -> Any:
-    """Return :func:`add_a_first` or :func:`add_b_first`, whichever multiplies less (A first on a tie)."""
-    a_first, b_first = multiplications(m1, n1, m2, n2)
-    return add_a_first if a_first <= b_first else add_b_first
-
-
-def nearest_shapes(
-    a_shape: tuple[int, int], in_features: int, out_features: int, count: int = 4
-) -> list[tuple[int, int]]:
-    """Shapes of A that factor the layer, nearest to ``a_shape`` in parameters first, then in form."""
-
-    def distance(shape: tuple[int, int]) -> tuple[float, float]:
-        ratios = [math.log(mine / asked) for mine, asked in zip(shape, a_shape, strict=True)]
-        return abs(math.log(parameters(shape) / parameters(a_shape))), sum(map(abs, ratios))
-
-    def parameters(shape: tuple[int, int]) -> float:
-        size = shape[0] * shape[1]
-        return size + in_features * out_features / size
-
-    return sorted(((m, n) for m in _divisors(in_features) for n in _divisors(out_features)), key=distance)[:count]
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+@torch.no_grad()
+def start_factors(a: torch.Tensor, b: torch.Tensor, init: str, width: int) -> None:
+    """Fill the factors of a layer of ``width`` inputs as the row ``init`` of table 4.7 says, in place."""
+    if init == "normal":
+        nn.init.normal_(a, std=width**-0.5)
+        nn.init.normal_(b, std=width**-0.5)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.zeros_(b)
 
 
 @dataclasses.dataclass
@@ -124,14 +88,7 @@ class KronAConfig(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        shape = tuple(self.a_shape) if isinstance(self.a_shape, (list, tuple)) else ()
-        if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-            raise ConfigError("KronAConfig", "a_shape", self.a_shape, "expected two integers above 0: (m1, n1)")
-        self.a_shape = shape
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise ConfigError("KronAConfig", "scale", self.scale, "expected a finite number")
-        if self.init not in get_args(Init):
-            raise ConfigError("KronAConfig", "init", self.init, f"expected one of {', '.join(get_args(Init))}")
+        check_factors(self)
 
 
 class KronACell(Cell):
@@ -156,12 +113,7 @@ class KronACell(Cell):
         self.A = nn.Parameter(torch.empty(m1, n1))
         self.B = nn.Parameter(torch.empty(m2, n2))
         self._add = cheaper_order(m1, n1, m2, n2)
-        if config.init == "normal":
-            nn.init.normal_(self.A, std=in_features**-0.5)
-            nn.init.normal_(self.B, std=in_features**-0.5)
-        else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-            nn.init.zeros_(self.B)
+        start_factors(self.A, self.B, config.init, in_features)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Y = XW + s·X(A⊗B), where ``y`` is XW (and the layer's bias)."""

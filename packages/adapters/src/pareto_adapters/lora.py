@@ -4,7 +4,9 @@ E. J. Hu, Y. Shen, P. Wallis, Z. Allen-Zhu, Y. Li, S. Wang, L. Wang, W. Chen, "L
 Language Models", ICLR 2022, https://arxiv.org/abs/2106.09685.
 
 Defaults are those of the KronA chapter that compares with it: rank 1 on the query and value projections, and a scaling
-factor of one (``alpha`` equal to ``r``). Symbols: W + (alpha / r)·B·A with A (r, in_features) and B (out_features, r).
+factor of one (``alpha`` equal to ``r``). Where a model fuses its projections (GPT-2's ``c_attn``), PEFT adapts the
+whole layer: rank r then has as many parameters as on query and value alone, with one A for the three. Symbols:
+W + (alpha / r)·B·A with A (r, in_features) and B (out_features, r).
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 
-from pareto_adapters._build import attach, merged, resolve_targets
-from pareto_core import Method, Paper
+from pareto_adapters._build import attach, merged, projections
+from pareto_core import Measurement, Method, Paper
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,10 +59,16 @@ class LoRA(Method):
             r=self.r,
             lora_alpha=self.r if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
-            target_modules=resolve_targets(start, self.target_modules),
+            target_modules=projections(start, self.target_modules)["target_modules"],
         )
         return attach(start, config, task, self.train_layer_norms)
 
     def finish(self, model: nn.Module, task: Task) -> nn.Module:
         """Add the product of the factors to the weights and remove them."""
         return merged(model)
+
+    def figures(self, deployed: Any) -> tuple[Measurement, ...]:
+        """Multiply-accumulates per token of query, key and value: a column of table 5.2."""
+        from pareto_adapters.macs import qkv_figures
+
+        return qkv_figures(deployed)

@@ -1,4 +1,4 @@
-"""Pre-trained models that tasks start from: the MiniLM encoder that is always here, and any transformers model.
+"""Pre-trained models that tasks start from: the MiniLM encoder, a small GPT-2 of our own, and any transformers model.
 
 MiniLM: W. Wang, F. Wei, L. Dong, H. Bao, N. Yang, M. Zhou, "MiniLM: Deep Self-Attention Distillation for Task-Agnostic
 Compression of Pre-Trained Transformers", 2020, https://arxiv.org/abs/2002.10957. The weights are those of
@@ -17,6 +17,7 @@ from typing import Any
 from pareto_core.errors import DataError
 
 MINILM = "minilm"
+TINY_GPT2 = "tiny-gpt2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -38,8 +39,24 @@ def minilm_path() -> Path:
 
 
 def resolve(model: str) -> str:
-    """Turn a backbone's name (``minilm``, a hub name, a directory) into what ``from_pretrained`` takes."""
+    """Turn a backbone's name (``minilm``, ``tiny-gpt2``, a hub name, a directory) into what ``from_pretrained`` takes.
+
+    The first use of ``tiny-gpt2`` trains it (:mod:`pareto_core.tiny_gpt2`).
+    """
+    if model == TINY_GPT2:
+        from pareto_core.tiny_gpt2 import tiny_gpt2_path
+
+        return str(tiny_gpt2_path())
     return str(minilm_path()) if model == MINILM else model
+
+
+def revision(model: str) -> str:
+    """The backbone's name, with a key of its texts and recipe where it is trained here."""
+    if model != TINY_GPT2:
+        return model
+    from pareto_core import tiny_gpt2
+
+    return f"{model} {tiny_gpt2.revision()}"
 
 
 def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:

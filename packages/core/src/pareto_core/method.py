@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from pareto_core.result import Measurement
     from pareto_core.task import Task
 
 
@@ -93,6 +94,10 @@ class Method(Config):
     def finish(self, model: nn.Module, task: Task) -> Any:
         """Turn the trained module into what is deployed (merge, strip, quantise, pack). Default: identity."""
         return model
+
+    def figures(self, deployed: Any) -> tuple[Measurement, ...]:
+        """Return what only the method can tell of what it deploys (multiplications, energy kept). Default: nothing."""
+        return ()
 
     def save(self, deployed: Any, directory: Path) -> None:
         """Write ``deployed`` as safetensors and JSON. Default: a transformers model."""

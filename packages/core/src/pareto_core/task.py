@@ -91,6 +91,8 @@ class Task(Config):
 
     name: ClassVar[str]
     metric: ClassVar[Metric]
+    #: units of the scores that are not percentages, by name
+    units: ClassVar[Mapping[str, str]] = {}
     #: the split whose records are scored and reported, and the one that picks a checkpoint
     evaluation_split: ClassVar[Split] = "test"
     selection_split: ClassVar[Split] = "dev"

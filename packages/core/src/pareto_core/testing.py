@@ -1,4 +1,4 @@
-"""The conformance suite that every method passes, and the tiny task that it runs on.
+"""The conformance suite that every method passes; the tiny task that it runs on is here by name too.
 
 A package tests all of its entry points with a few lines::
 
@@ -10,116 +10,22 @@ A package tests all of its entry points with a few lines::
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pareto_core.edit import LocalEdit
 from pareto_core.errors import ConfigError
 from pareto_core.method import Method
-from pareto_core.task import Batch, Metric, Record, Request, Split, Task, TaskSpec
+from pareto_core.task import Task
+from pareto_core.tiny import TinyTask
 from pareto_core.weights import freeze, weight_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TinyTask(Task):
-    """Synthetic: does token 1 occur more often than token 2? On a random BERT of 2 layers, in milliseconds.
-
-    ``hidden`` is the model's width, a multiple of 8.
-    """
-
-    name: ClassVar[str] = "core.tiny"
-    metric: ClassVar[Metric] = Metric("accuracy")
-
-    hidden: int = 48
-    length: int = 12
-    items: int = 64
-
-    @property
-    def spec(self) -> TaskSpec:
-        """Two classes over 32 tokens."""
-        return TaskSpec(labels=("no", "yes"), vocabulary_size=32, max_length=self.length, head=("classifier",))
-
-    def backbone(self) -> nn.Module:
-        """Return a random BERT classifier without dropout, the same each time."""
-        import torch
-        from transformers import BertConfig, BertForSequenceClassification
-
-        settings: dict[str, Any] = {"num_labels": 2}
-        config = BertConfig(
-            vocab_size=32,
-            hidden_size=self.hidden,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=2 * self.hidden,
-            max_position_embeddings=self.length,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            **settings,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return BertForSequenceClassification(config)
-
-    def size(self, split: Split) -> int:
-        """Every split has the same number of items."""
-        return self.items
-
-    def _data(self, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        generator = torch.Generator().manual_seed({"train": 1, "dev": 2, "test": 3}[split])
-        ids = torch.randint(0, 32, (self.items, self.length), generator=generator)
-        ids[:, ::2] %= 3
-        return ids, ((ids == 1).sum(1) > (ids == 2).sum(1)).long()
-
-    def batches(self, split: Split, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Yield ``input_ids`` and ``attention_mask`` of shape (batch, length), ``labels`` of shape (batch,)."""
-        import torch
-
-        ids, labels = self._data(split)
-        order = torch.arange(self.items)
-        if split == "train":
-            order = torch.randperm(self.items, generator=torch.Generator().manual_seed(seed))
-        for chunk in torch.split(order, batch_size):
-            if split != "train" or len(chunk) == batch_size:
-                mask = torch.ones(len(chunk), self.length, dtype=torch.long)
-                yield {"input_ids": ids[chunk], "attention_mask": mask, "labels": labels[chunk]}
-
-    def records(self, model: Any, split: Split) -> list[Record]:
-        """One record per item."""
-        import torch
-
-        found: list[Record] = []
-        with torch.no_grad():
-            for batch in self.batches(split, self.items, 0):
-                logits = model(**batch).logits.float()
-                for row, label in zip(logits.log_softmax(-1), batch["labels"], strict=True):
-                    prediction = self.spec.labels[int(row.argmax())]
-                    truth = self.spec.labels[int(label)]
-                    found.append(Record(str(len(found)), prediction, truth, float(row[label])))
-        return found
-
-    def score(self, records: Sequence[Record]) -> dict[str, float]:
-        """Accuracy in percent."""
-        return {"accuracy": 100.0 * sum(r.prediction == r.label for r in records) / len(records)}
-
-    def requests(self) -> dict[str, Request]:
-        """One sequence, and eight."""
-        batch = next(iter(self.batches("test", 8, 0)))
-        eight = {key: value for key, value in batch.items() if key != "labels"}
-        return {
-            "batch1": Request("forward", {key: value[:1] for key, value in eight.items()}),
-            "batch8": Request("forward", eight),
-        }
 
 
 def entry_point_methods(package: str) -> list[str]:
@@ -141,7 +47,7 @@ def check_method(method: Method, task: Task | None = None, steps: int = 3, toler
 
     The configuration round-trips through JSON; bad fields are refused by name; ``build`` trains something and leaves
     the rest as it was; ``finish`` keeps the outputs within ``tolerance`` where the method says so; what is saved
-    and loaded gives equal outputs.
+    and loaded gives equal outputs, and generates the same where the task generates.
     """
     task = TinyTask() if task is None else task
     check_config(method)
@@ -163,6 +69,7 @@ def check_method(method: Method, task: Task | None = None, steps: int = 3, toler
         _check_files(Path(directory))
         loaded = method.load(Path(directory))
         _assert_close(after, _logits(loaded, probe), 1e-6, "save and load changed the outputs")
+        _check_generation(task, deployed, loaded)
 
 
 def check_config(method: Method) -> None:
@@ -227,6 +134,16 @@ def _logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         logits = model(**inputs).logits
     assert isinstance(logits, torch.Tensor)
     return logits.float()
+
+
+def _check_generation(task: Task, deployed: Any, loaded: Any) -> None:
+    import torch
+
+    for request in task.requests().values():
+        if request.kind == "generate":
+            fixed = {"max_new_tokens": request.new_tokens, "min_new_tokens": request.new_tokens, "do_sample": False}
+            first, second = (model.generate(**request.inputs, **fixed) for model in (deployed, loaded))
+            assert torch.equal(first, second), "save and load changed what is generated"
 
 
 def _assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str) -> None:

@@ -66,12 +66,15 @@ def check_finite(model: nn.Module) -> None:
 
 
 def save_transformer(model: Any, directory: Path) -> None:
-    """Write a transformers model: ``config.json`` and ``model.safetensors``."""
+    """Write a transformers model: ``config.json`` and ``model.safetensors``, whose names are those of the model.
+
+    Left to itself, transformers writes the names of its earlier versions (ViT's), which no model here has.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"{type(model).__name__} is not a transformers model: its method must define save and load")
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_original_format=False)
 
 
 def load_transformer(directory: Path, change: Callable[[nn.Module], object] | None = None) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pareto_core.backbones import MINILM, from_pretrained
 from pareto_core.errors import DataError
 from pareto_core.task import Batch, Protocol, Record, Request, Split, Task, TaskSpec
+from pareto_core.tasks.batching import pooled_order
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 #: §4.4.3 of the KronA chapter: batch 1, length 10, 150 warm-ups, 200 timed runs, three repeats
 CHAPTER4_PROTOCOL = Protocol(warmups=150, runs=200, repeats=3)
 CHAPTER4_LENGTH = 10
-#: batches in which training items are sorted by length
-POOL = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,26 +171,10 @@ class TextClassification(Task):
             raise DataError(f"task {self.name}: {total} training items do not fill one batch of {batch_size}")
         order = list(range(total))
         if split == "train":
-            order = self._train_order(batch_size, seed)
+            lengths = [len(tokens["input_ids"]) for tokens in self.encoded("train")]
+            order = pooled_order(lengths, batch_size, seed)
         for start in range(0, len(order), batch_size):
             yield self.collate(split, order[start : start + batch_size])
-
-    def _train_order(self, batch_size: int, seed: int) -> list[int]:
-        """Shuffle the training items, drop what does not fill a batch, and let batches hold texts of similar length.
-
-        Items are sorted by length within pools of :data:`POOL` batches, whose batches are then shuffled: less padding
-        to compute, and still every item once in an epoch.
-        """
-        import torch
-
-        generator = torch.Generator().manual_seed(seed)
-        total = self.size("train")
-        lengths = [len(tokens["input_ids"]) for tokens in self.encoded("train")]
-        order = torch.randperm(total, generator=generator).tolist()[: total - total % batch_size]
-        pools = [order[i : i + POOL * batch_size] for i in range(0, len(order), POOL * batch_size)]
-        pooled = [i for pool in pools for i in sorted(pool, key=lambda i: lengths[i])]
-        batches = [pooled[i : i + batch_size] for i in range(0, len(pooled), batch_size)]
-        return [i for b in torch.randperm(len(batches), generator=generator).tolist() for i in batches[b]]
 
     def records(self, model: Any, split: Split) -> list[Record]:
         """One record per item in the split's order; items of similar length are run together."""

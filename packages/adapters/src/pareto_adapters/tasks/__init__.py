@@ -1,0 +1,1 @@
+"""Tasks of the two chapters: data to text, and summaries of functions."""
