@@ -154,3 +154,26 @@ def test_processes_share_the_cpus_that_may_be_used() -> None:
     assert shared["OMP_NUM_THREADS"] == str(max(1, len(cpus) // 2))
     assert shared["DS_ACCELERATOR"] == "cpu"
     assert binding()["OMP_PLACES"] == ",".join(f"{{{cpu}}}" for cpu in cpus)
+
+
+def test_kills_for_want_of_memory_are_counted_in_the_own_control_group(tmp_path):
+    own = tmp_path / "cgroup"
+    own.write_text("5:devices:/\n4:memory:/a/b\n0::/c\n")
+    (first,) = isolate.memory_counters(own, tmp_path)
+    assert first == tmp_path / "memory/a/b/memory.oom_control"
+    own.write_text("0::/c/d\n")
+    (second,) = isolate.memory_counters(own, tmp_path)
+    assert second == tmp_path / "c/d/memory.events"
+    own.write_text("")
+    assert isolate.memory_counters(own, tmp_path) == []
+    assert isolate.memory_counters(tmp_path / "missing") == []
+
+
+def test_the_group_s_counter_goes_before_the_machine_s(tmp_path, monkeypatch):
+    counter = tmp_path / "memory.events"
+    counter.write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
+    monkeypatch.setattr(isolate, "memory_counters", lambda: [counter])
+    assert isolate.out_of_memory_kills() == 2
+    counter.unlink()
+    machine = next(line for line in Path("/proc/vmstat").read_text().splitlines() if line.startswith("oom_kill "))
+    assert isolate.out_of_memory_kills() >= int(machine.split()[1])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pareto_adapters import Houlsby, HoulsbyConfig
 from pareto_adapters.houlsby import HoulsbyCell
@@ -61,6 +62,13 @@ def test_share_of_t5_base_is_table_4_5s_at_r_1_and_0_83_at_the_reduction_factor_
     model = get_peft_model(t5_base, HoulsbyConfig(r=r))
     assert parameter_counts(model)[0] == count == 48 * (2 * 768 * r + r + 768)
     assert round(100 * (count + 47_616) / 222_903_552, 3) == with_norms
+
+
+def test_parameters_on_gpt2_medium_are_near_table_5_1s_11_09_million():
+    with torch.device("meta"):
+        medium = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+    model = get_peft_model(medium, HoulsbyConfig(r=112))
+    assert parameter_counts(model)[0] == 11_064_576 == 48 * (2 * 1024 * 112 + 112 + 1024)
 
 
 @pytest.mark.parametrize(("field", "value"), [("r", 0), ("r", 1.0), ("r", True)])

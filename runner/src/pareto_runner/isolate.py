@@ -210,10 +210,23 @@ class Child:
 
 
 def out_of_memory_kills() -> int:
-    """How often the kernel has killed a process for want of memory since it started; 0 where it does not say."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat") as lines:
-        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    """How often the kernel has killed a process for want of memory; 0 where it does not say.
+
+    Of this process's control group, which its children share; of the whole machine where the group has no counter.
+    """
+    for path in (*memory_counters(), Path("/proc/vmstat")):
+        with contextlib.suppress(OSError, ValueError), path.open() as lines:
+            return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
     return 0
+
+
+def memory_counters(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
+    """Where the kernel may count out-of-memory kills of this process's control group, of version 1 or 2."""
+    with contextlib.suppress(OSError, ValueError):
+        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
+        memory = [root / "memory" / path.strip("/") / "memory.oom_control" for kind, path in groups if kind == "memory"]
+        return memory or [root / path.strip("/") / "memory.events" for kind, path in groups if not kind]
+    return []
 
 
 def worker_command(*arguments: str, processes: int = 1) -> list[str]:
