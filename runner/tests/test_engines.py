@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pareto_core import Budget, Engine, Method, Training, UnsupportedError
-from pareto_core.testing import TinyTask
+from pareto_core.testing import TinyTask, load_method
 from pareto_core.weights import freeze
 from pareto_runner import engines as e
 from pareto_runner.train import batch_stream, train
@@ -74,6 +74,41 @@ def test_every_engine_follows_the_plain_loop(engine: str | int, accumulation: in
     assert done.items == STEPS * 16
     assert done.curve[-1][1] < done.curve[0][1]
     assert next(model.parameters()).shape == next(built().parameters()).shape
+
+
+TUNERS: dict[str, dict[str, Any]] = {
+    "krona": {"a_shape": (8, 6)},
+    "krona_b": {"a_shape": (8, 6), "biases": 2},
+    "krona_b_res": {"a_shape": (8, 6), "scale": 1.0},
+    "houlsby": {"r": 3},
+    "adapter_l": {"r": 3},
+    "parallel_adapter": {"r": 3},
+    "compacter": {"n": 2, "reduction_factor": 8},
+    "loda": {},
+    "loda_plus": {},
+    "s_loda": {},
+    "r_loda": {"rank": 12},
+}
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_partitioned_weights_train_every_tuner_the_same(name: str) -> None:
+    method = load_method(name)(**TUNERS[name])
+    task = TinyTask()
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return method.build(task, task.frozen_backbone())
+
+    losses, weights = [], []
+    for engine in (Engine(name="torch"), Engine(zero_stage=3)):
+        model = make()
+        loop = e.make_loop(model, training(), engine, "fp32", "cpu", "cpu", make)
+        losses.append([loss for _, loss in train(loop, model, task, (method,), training(), 3, lambda *_: None).curve])
+        weights.append({name: p.detach().clone() for name, p in loop.finish().named_parameters() if p.requires_grad})
+    assert losses[1] == pytest.approx(losses[0], abs=2e-6)
+    assert weights[1].keys() == weights[0].keys()
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-4)
 
 
 def test_frozen_parameters_stay_as_they_were() -> None:
