@@ -17,7 +17,10 @@ import torch
 #: ``(y, x, a, b, scale)`` to ``y + scale * x @ kron(a, b)``
 Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
-#: in_features · out_features from which h is computed again in the backward pass.
+#: in_features · out_features from which h is computed again in the backward pass. From there that costs a hundredth of
+#: the frozen layer's time: balanced factors, 512 tokens, one core of an EPYC, forward and backward took 11.5 instead of
+#: 10.2 % on top of the frozen layer at 2048² and 9.3 instead of 8.3 % at 4096². Below it costs more: 25.3 instead of
+#: 22.5 % at 1024², 30 instead of 26 % at 768².
 RECOMPUTED_SIZE = 2048 * 2048
 
 
