@@ -46,8 +46,7 @@ from pareto_adapters._build import Unmerged, attach
 from pareto_adapters._kron import multiplications
 from pareto_adapters._peft import BlockConfig, Cell, check_choice, check_count
 from pareto_adapters._registration import register
-from pareto_adapters.krona import Init, KronACell, check_factors, start_factors
-from pareto_core import Paper
+from pareto_adapters.krona import Init, KronA, KronACell, check_factors, start_factors
 
 if TYPE_CHECKING:
     from pareto_core import Task
@@ -177,12 +176,7 @@ KronABLayer, KronABTuner = register(KronABConfig, KronABCell)
 class _KroneckerBlocks(Unmerged):
     """The fields that KronA^B and KronA^B_res have in common."""
 
-    paper = Paper(
-        title="KronA: Parameter Efficient Tuning with Kronecker Adapter",
-        authors="A. Edalati, M. Tahaei, I. Kobyzev, V. Partovi Nia, J. J. Clark, M. Rezagholizadeh",
-        year=2022,
-        url="https://arxiv.org/abs/2212.10650",
-    )
+    paper = KronA.paper
 
     a_shape: tuple[int, int] = (32, 24)
     scale: float = 16.0
