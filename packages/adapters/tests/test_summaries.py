@@ -76,8 +76,8 @@ def test_a_model_trains_and_generates_and_is_scored(task):
     records = task.records(model.eval(), "test")
     assert [record.id for record in records] == [item.id for item in task.split("test")]
     scores = task.score(records)
-    assert scores["bleu"] > scores["copied_name_bleu"]
-    assert {"nist", "rouge_l", "cider", "ter"} <= set(scores)
+    assert scores["rouge_l"] > task.score(task.records(task.backbone().eval(), "test"))["rouge_l"]
+    assert {"nist", "bleu", "cider", "ter"} <= set(scores)
 
 
 def test_the_copied_name_is_the_score_of_who_copies_it(task):
@@ -85,7 +85,7 @@ def test_the_copied_name_is_the_score_of_who_copies_it(task):
     records = task.records(task.backbone(), "test")
     copied = [dataclasses.replace(record, text=words(record.id)) for record in records]
     right = [dataclasses.replace(r, text=item.references[0]) for r, item in zip(records, items, strict=True)]
-    assert task.score(copied)["bleu"] == task.score(right)["copied_name_bleu"] < 50
+    assert task.score(copied)["rouge_l"] == task.score(right)["copied_name_rouge_l"] < 70
     assert task.score(right)["bleu"] == pytest.approx(100)
     with pytest.raises(DataError, match="no records"):
         task.score([])

@@ -35,7 +35,6 @@ from torch import nn
 
 from pareto_adapters._build import attach, merged, projections
 from pareto_adapters._kron import cheaper_order, kron, nearest_shapes
-from pareto_adapters._kron import multiplications as multiplications
 from pareto_adapters._peft import Cell, TunerConfig, check_choice, check_number
 from pareto_adapters._registration import register
 from pareto_core import ConfigError, Method, Paper
