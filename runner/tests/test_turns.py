@@ -39,7 +39,7 @@ class PlayedWorker:
             return {"requests": {"one": {"batch_size": 4, "repeats": self._repeats}}, "peak_mib": 7.0}
         if do == "train":
             self._turn = 0
-            return {}
+            return {"trains": bool(self._script(0))}
         if do == "choose":
             return {"difference": 0.0, "peak_mib": 3.0}
         if do == "peak":
@@ -229,6 +229,22 @@ def test_training_is_warmed_up_once_and_turns_hold_as_many_steps_as_fill_them(ca
     (result,) = crew.results()
     assert result.value("train_step_ms") == 10.0
     assert cast.commands["base"].count("steps") == 3 + 20
+
+
+def test_a_variant_that_trains_nothing_keeps_what_was_timed_and_leaves(cast: Cast) -> None:
+    def prompted(turn: int) -> list[float]:
+        return [] if "train" in cast.commands["prompted"] else [5.0] * 3
+
+    crew = cast.crew({"base": wobble(10.0, 0.02), "base-control": wobble(10.0, 0.02), "prompted": prompted})
+    crew.time_request("one")
+    crew.start_training()
+    crew.time_training()
+    base, other = crew.results()
+    assert other.status == "ok"
+    assert other.value("latency_ms.one") == 5.0
+    assert "train_step_ms" not in {item.name for item in other.measurements}
+    assert base.value("train_step_ms") == pytest.approx(10.0, rel=0.05)
+    assert cast.commands["prompted"][-1] == "close"
 
 
 def test_the_value_and_its_interval_come_from_the_turns_and_the_spread_from_the_calls() -> None:

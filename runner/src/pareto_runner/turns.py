@@ -98,9 +98,14 @@ class Crew:
             self._note_peak(member, "load_peak_mib", answer["peak_mib"])
 
     def start_training(self) -> None:
-        """Let each worker build its variant's first stage and start its engine, all at once."""
-        for _ in self._all("train"):
-            pass
+        """Let each worker build its variant's first stage and start its engine, all at once.
+
+        Those that train nothing leave: there is no step to time, and what was timed before stands.
+        """
+        for member, answer in list(self._all("train")):
+            if not answer["trains"]:
+                member.child.close()
+                self._members.remove(member)
 
     def requests(self) -> list[str]:
         """Names of the requests that the specification asks for: by default those without a fixed protocol."""
@@ -127,6 +132,8 @@ class Crew:
 
     def time_training(self) -> None:
         """Sample optimizer steps in turns; in a turn every worker takes the same steps over the same batches."""
+        if not self._members:
+            return
         self._warm_up("steps", count=1)
         slowest = max((list(member.medians().values())[-1] for member in self._members), default=SLOT)
         self._sample("steps", count=max(1, math.ceil(SLOT / slowest)))

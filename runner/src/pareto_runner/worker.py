@@ -177,7 +177,7 @@ class TokenClock:
 
 
 class TrainingTurns:
-    """Holds a variant's first stage that trains, in its engine, and times optimizer steps."""
+    """Holds a variant's first stage in its engine, where it ``trains`` anything, and times optimizer steps."""
 
     def __init__(self, artifact: Artifact) -> None:
         spec = artifact.spec
@@ -187,8 +187,9 @@ class TrainingTurns:
         methods = [discover.make_method(method) for method in stage.methods]
         work = StageWork(spec, stage, methods, target, task, Phases(target), {})
         model = work.build(task.frozen_backbone())
-        if not any(p.requires_grad for p in model.parameters()):
-            raise UnsupportedError("the first stage trains nothing")
+        self.trains = any(p.requires_grad for p in model.parameters())
+        if not self.trains:
+            return
         self._training, self._loop = stage.training, work.loop(model)
         model.train()
         self._batches: Iterator[Any] = batch_stream(task, stage.training.batch_size, spec.seed, 10**9)
@@ -222,7 +223,7 @@ def answer_turns(directory: str) -> None:
             elif command["do"] == "train":
                 turns = None  # the finished model's memory is free before the next model is built
                 turns = TrainingTurns(artifact)
-                say({})
+                say({"trains": turns.trains})
             elif command["do"] == "choose":
                 say(turns.choose(command["request"]))
             elif command["do"] == "turn":
