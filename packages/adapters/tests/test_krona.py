@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
 
 from pareto_adapters import KronA, KronAConfig
 from pareto_adapters.krona import KronACell
@@ -64,13 +63,6 @@ def test_bad_fields_are_refused_by_name(field, value):
         KronAConfig(**{field: value})
     with pytest.raises(ConfigError, match=rf"KronA\.{field}"):
         KronA(**{field: value})
-
-
-@pytest.fixture
-def t5_base():
-    config = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)
-    with torch.device("meta"):
-        return T5ForConditionalGeneration(config).requires_grad_(False)
 
 
 @pytest.mark.parametrize("a_shape", [(32, 24), (24, 32)])

@@ -1,4 +1,4 @@
-"""Parameter-efficient tuners on PEFT: KronA, and the methods that it is compared with.
+"""Parameter-efficient tuners on PEFT: the KronA and LoDA families, and the methods that they are compared with.
 
 Names load on first use, so importing the package is cheap. The first use of a PEFT configuration (``KronAConfig``)
 registers its method with PEFT.

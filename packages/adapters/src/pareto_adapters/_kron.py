@@ -18,9 +18,9 @@ import torch
 Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 #: in_features · out_features from which h is computed again in the backward pass. From there that costs a hundredth of
-#: the frozen layer's time: balanced factors, 512 tokens, one core of an EPYC, forward and backward took 9.4 instead of
+#: the frozen layer's time: balanced factors, 512 tokens, one core of an EPYC, forward and backward took 9.3 instead of
 #: 8.3 % on top of the frozen layer at 4096². Below it costs more: 12.7 instead of 11.1 % at 2048², 25.3 instead of
-#: 22.5 % at 1024², 30 instead of 26 % at 768².
+#: 22.5 % at 1024², 30 instead of 26 % at 768² (all but 2048² beside other work, each pair in turns).
 RECOMPUTED_SIZE = 4096 * 4096
 
 
@@ -127,10 +127,23 @@ def _trained(
     return result
 
 
-class _AFirst(torch.autograd.Function):
-    """:func:`_a_first` with its gradients; gives h as well where it is to be kept."""
+class _Recomputing(torch.autograd.Function):
+    """What both orders remember between the passes: x and the factors, and h where it is to be kept."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _, x, a, b, ctx.scale, _ = inputs
+        h = output[1]
+        ctx.set_materialize_grads(False)
+        if h is not None:
+            ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(x, a, b, h)
+
+
+class _AFirst(_Recomputing):
+    """:func:`_a_first` with its gradients; gives h as well where it is to be kept."""
 
     @staticmethod
     def forward(
@@ -138,10 +151,6 @@ class _AFirst(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         result, h = _a_first(y, x, a, b, scale)
         return result, h if keep else None
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _remember(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
@@ -161,10 +170,8 @@ class _AFirst(torch.autograd.Function):
         return g, grad_x, grad_a, grad_b, None, None
 
 
-class _BFirst(torch.autograd.Function):
+class _BFirst(_Recomputing):
     """:func:`_b_first` with its gradients; gives h as well where it is to be kept."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -172,10 +179,6 @@ class _BFirst(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         result, h = _b_first(y, x, a, b, scale)
         return result, h if keep else None
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _remember(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
@@ -193,15 +196,6 @@ class _BFirst(torch.autograd.Function):
             grad_b = rows.t() @ grad_h if ctx.needs_input_grad[3] else None
             grad_x = (grad_h @ b.t()).view(x.shape) if ctx.needs_input_grad[1] else None
         return g, grad_x, grad_a, grad_b, None, None
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, x, a, b, ctx.scale, _ = inputs
-    h = output[1]
-    ctx.set_materialize_grads(False)
-    if h is not None:
-        ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, a, b, h)
 
 
 def _recall(ctx: Any) -> tuple[list[torch.Tensor], torch.Tensor | None]:

@@ -4,7 +4,8 @@ A. Edalati, M. Tahaei, I. Kobyzev, V. Partovi Nia, J. J. Clark, M. Rezagholizade
 with Kronecker Adapter", 2022, https://arxiv.org/abs/2212.10650; equations and tables are numbered as in the book
 chapter that it became (chapter 4).
 
-Reproduced: the module of equations 4.1 to 4.4 and both initialisations of table 4.7.
+Reproduced: the module of equations 4.1 to 4.4 and both initialisations of table 4.7. The product and its two orders of
+evaluation, equations 4.1 to 4.3, are in :mod:`pareto_adapters._kron`, with their gradients.
 
 Symbols, for one layer W that maps ``in_features`` = m1·m2 to ``out_features`` = n1·n2:
 
@@ -116,6 +117,7 @@ class KronACell(Cell):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Y = XW + s·X(A⊗B), where ``y`` is XW (and the layer's bias)."""
+        # Eq. (4.3)
         return self._add(y, x, self.A, self.B, self.scale)
 
     def delta(self) -> torch.Tensor:

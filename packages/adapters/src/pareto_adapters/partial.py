@@ -26,6 +26,7 @@ from torch.nn import functional
 from pareto_adapters._build import attach, merged, plain, projections, train_in_place
 from pareto_adapters._peft import Cell, TunerConfig
 from pareto_adapters._registration import register
+from pareto_adapters.loda import LoDA
 from pareto_core import Measurement, Method, ModelError, Paper
 from pareto_core.weights import check_finite
 
@@ -68,12 +69,7 @@ class FTProjections(Method):
     ``target_modules`` as in :class:`pareto_adapters.KronA`.
     """
 
-    paper = Paper(
-        title="LoDA: Low-Dimensional Adaptation of Large Language Models",
-        authors="J. Liu, T. Koike-Akino, P. Wang, M. Brand, Y. Wang, K. Parsons",
-        year=2023,
-        url="https://www.merl.com/publications/TR2023-150",
-    )
+    paper = LoDA.paper
 
     target_modules: tuple[str, ...] = ("q", "v")
 

@@ -34,8 +34,9 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from pareto_adapters.lora import LoRA
 from pareto_adapters.prefix import ADAPTER, Prefixed, check_decoder
-from pareto_core import ModelError, Paper
+from pareto_core import ModelError
 
 if TYPE_CHECKING:
     from pareto_core import Task
@@ -95,12 +96,7 @@ def activations(model: Any, words: torch.Tensor) -> torch.Tensor:
 class PreLayer(Prefixed):
     """Train the activations of ``positions`` positions in front of the text, in each layer."""
 
-    paper = Paper(
-        title="LoRA: Low-Rank Adaptation of Large Language Models",
-        authors="E. J. Hu, Y. Shen, P. Wallis, Z. Allen-Zhu, Y. Li, S. Wang, L. Wang, W. Chen",
-        year=2022,
-        url="https://arxiv.org/abs/2106.09685",
-    )
+    paper = LoRA.paper
 
     positions: int = 15
 

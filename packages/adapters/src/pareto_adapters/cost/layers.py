@@ -33,7 +33,7 @@ FROZEN, KRON, MATERIALISED, MERGED = "frozen layer", "Kronecker", "kron formed, 
 class Row:
     """A case at one width: its trained parameters and multiplications per token above the frozen layer's, its time.
 
-    ``extra`` is the time above the frozen layer's, as a share of that; ``ratio`` the time to the frozen layer's.
+    ``ratio`` is its time to the frozen layer's.
     """
 
     width: int
