@@ -1,0 +1,258 @@
+// INT4 (and INT8) weights, int8 compute, on AVX512_VNNI: table 3.1, row "FP32 FP32 INT8 AVX512_VNNI".
+//
+// Weight codes are unsigned and activations signed, which is what vpdpbusd multiplies, so no sign is mended per product;
+// the zero point is taken off by starting each group's sum at -zero * sum(activations).
+//
+// Few rows (the next token): bound by memory, so each thread reads one sequential stream, unpacks codes in registers and uses
+// them for all rows at once. Many rows (the prompt): a panel is unpacked once into the L2 cache, in four strips of 16
+// outputs, and tiles of 12 rows by 16 outputs run over it. Both add up in the same order: int8 products within a
+// group exactly, then groups from first to last by fp32 fused multiply-add.
+#include <immintrin.h>
+
+#include "../epilogue.inl"
+#include "../int8_rows.inl"
+#include "../kernel.h"
+
+namespace pareto {
+namespace {
+
+constexpr int kStrips = 4;
+constexpr int64_t kLanes = 16;
+constexpr int64_t kFewRows = 4;
+// Rows of one pass over unpacked panels, and inputs that are unpacked at a time.
+constexpr int64_t kPassRows = 43 * kTileRows;
+constexpr int64_t kChunkInputs = 2048;
+// How far ahead of its stream a thread asks for memory: the hardware's own prefetching ends at 4 KiB pages.
+constexpr int64_t kAhead = 8192;
+
+inline __m512i broadcast4(const int8_t* at) {
+  int32_t four;
+  std::memcpy(&four, at, 4);
+  return _mm512_set1_epi32(four);
+}
+
+inline __m512 half_scales(const uint8_t* at) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
+
+inline __m512i zero_points(const uint8_t* at) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+
+// The four strips of one quad, as unsigned bytes.
+template <bool kBytes>
+inline void load_quad(const uint8_t* at, __m512i (&strip)[kStrips]) {
+  if constexpr (kBytes) {
+    for (int s = 0; s < kStrips; ++s) strip[s] = _mm512_loadu_si512(at + 64 * s);
+  } else {
+    const __m512i low = _mm512_set1_epi8(0x0f);
+    for (int pair = 0; pair < 2; ++pair) {
+      const __m512i both = _mm512_loadu_si512(at + 64 * pair);
+      strip[2 * pair] = _mm512_and_si512(both, low);
+      strip[2 * pair + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+    }
+  }
+}
+
+template <bool kZeros>
+inline __m512i start_of(int32_t start, __m512i zeros) {
+  const __m512i all = _mm512_set1_epi32(start);
+  if constexpr (kZeros) return _mm512_mullo_epi32(all, zeros);
+  return all;
+}
+
+inline __m512 add_group(__m512 total, __m512i dot, __m512 weight_scale, float row_scale) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(weight_scale, _mm512_set1_ps(row_scale)), total);
+}
+
+// R rows through one panel, straight from the packed stream.
+template <int R, bool kBytes, bool kZeros>
+void few_rows(const Packed& w, const uint8_t* tile, const uint8_t* panel, float* sums) {
+  const Int8Tile rows(w, tile, R);
+  const int64_t groups = w.groups(), quads = w.quads();
+  constexpr int64_t kQuadBytes = kBytes ? 256 : 128;
+  const int8_t* codes = rows.codes;
+  const uint8_t* stream = panel;
+  __m512 total[R][kStrips];
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < kStrips; ++s) total[r][s] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* header = stream;
+    _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead + 64), _MM_HINT_T0);
+    stream += 2 * kPanel + (kZeros ? kPanel : 0);
+    __m512i dot[R][kStrips];
+    for (int s = 0; s < kStrips; ++s) {
+      const __m512i zeros = kZeros ? zero_points(header + 2 * kPanel + kLanes * s) : _mm512_setzero_si512();
+      for (int r = 0; r < R; ++r) dot[r][s] = start_of<kZeros>(rows.starts[g * R + r], zeros);
+    }
+    for (int64_t q = 0; q < quads; ++q) {
+      for (int64_t line = 0; line < kQuadBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead + line), _MM_HINT_T0);
+      __m512i strip[kStrips];
+      load_quad<kBytes>(stream, strip);
+      for (int r = 0; r < R; ++r) {
+        const __m512i four = broadcast4(codes + kQuad * r);
+        for (int s = 0; s < kStrips; ++s) dot[r][s] = _mm512_dpbusd_epi32(dot[r][s], strip[s], four);
+      }
+      codes += kQuad * R;
+      stream += kQuadBytes;
+    }
+    for (int s = 0; s < kStrips; ++s) {
+      const __m512 scale = half_scales(header + 2 * kLanes * s);
+      for (int r = 0; r < R; ++r) total[r][s] = add_group(total[r][s], dot[r][s], scale, rows.scales[g * R + r]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < kStrips; ++s) _mm512_storeu_ps(sums + r * kPanel + s * kLanes, total[r][s]);
+}
+
+// A chunk of a panel, unpacked: four strips of (quads of the chunk, 64 bytes), then scales and zero points per group.
+struct Chunk {
+  uint8_t* strips;
+  int64_t strip_bytes;
+  float* scales;   // (groups, 64)
+  int32_t* zeros;  // (groups, 64)
+};
+
+int64_t groups_per_chunk(const Packed& w) {
+  const int64_t groups = kChunkInputs / w.group;
+  return groups < 1 ? 1 : (groups < w.groups() ? groups : w.groups());
+}
+
+Chunk chunk_at(const Packed& w, uint8_t* scratch) {
+  const int64_t groups = groups_per_chunk(w), strip = groups * w.quads() * 64;
+  Chunk chunk;
+  chunk.strips = scratch;
+  chunk.strip_bytes = strip;
+  chunk.scales = reinterpret_cast<float*>(scratch + kStrips * strip);
+  chunk.zeros = reinterpret_cast<int32_t*>(chunk.scales + groups * kPanel);
+  return chunk;
+}
+
+template <bool kBytes, bool kZeros>
+void unpack_chunk(const Packed& w, const uint8_t* stream, int64_t groups, const Chunk& chunk) {
+  const int64_t quads = w.quads();
+  uint8_t* out = chunk.strips;
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int s = 0; s < kStrips; ++s) {
+      _mm512_storeu_ps(chunk.scales + g * kPanel + s * kLanes, half_scales(stream + 2 * kLanes * s));
+      if constexpr (kZeros)
+        _mm512_storeu_si512(chunk.zeros + g * kPanel + s * kLanes, zero_points(stream + 2 * kPanel + kLanes * s));
+    }
+    stream += 2 * kPanel + (kZeros ? kPanel : 0);
+    for (int64_t q = 0; q < quads; ++q) {
+      __m512i strip[kStrips];
+      load_quad<kBytes>(stream, strip);
+      for (int s = 0; s < kStrips; ++s) _mm512_storeu_si512(out + s * chunk.strip_bytes, strip[s]);
+      out += 64;
+      stream += kBytes ? 256 : 128;
+    }
+  }
+}
+
+// R rows by 16 outputs over one chunk; `total` goes on from what earlier chunks left there.
+template <int R, bool kZeros>
+void strip_tile(const Packed& w, const Int8Tile& rows, int64_t first_group, int64_t groups, const Chunk& chunk, int strip,
+                float* sums) {
+  const int64_t quads = w.quads();
+  const int8_t* codes = rows.codes + first_group * quads * kQuad * R;
+  const uint8_t* weights = chunk.strips + strip * chunk.strip_bytes;
+  const float* scales = chunk.scales + strip * kLanes;
+  const int32_t* zeros = chunk.zeros + strip * kLanes;
+  const float* row_scales = rows.scales + first_group * R;
+  const int32_t* starts = rows.starts + first_group * R;
+  __m512 total[R];
+  for (int r = 0; r < R; ++r) total[r] = _mm512_loadu_ps(sums + r * kPanel + strip * kLanes);
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512i dot[R];
+    const __m512i zero = kZeros ? _mm512_loadu_si512(zeros + g * kPanel) : _mm512_setzero_si512();
+    for (int r = 0; r < R; ++r) dot[r] = start_of<kZeros>(starts[g * R + r], zero);
+    for (int64_t q = 0; q < quads; ++q) {
+      const __m512i weight = _mm512_loadu_si512(weights);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], weight, broadcast4(codes + kQuad * r));
+      codes += kQuad * R;
+      weights += 64;
+    }
+    const __m512 scale = _mm512_loadu_ps(scales + g * kPanel);
+    for (int r = 0; r < R; ++r) total[r] = add_group(total[r], dot[r], scale, row_scales[g * R + r]);
+  }
+  for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + r * kPanel + strip * kLanes, total[r]);
+}
+
+using FewRows = void (*)(const Packed&, const uint8_t*, const uint8_t*, float*);
+using StripTile = void (*)(const Packed&, const Int8Tile&, int64_t, int64_t, const Chunk&, int, float*);
+
+template <bool kBytes, bool kZeros>
+constexpr FewRows kFew[] = {few_rows<1, kBytes, kZeros>, few_rows<2, kBytes, kZeros>, few_rows<3, kBytes, kZeros>,
+                            few_rows<4, kBytes, kZeros>};
+
+template <bool kZeros>
+constexpr StripTile kStrip[] = {strip_tile<1, kZeros>,  strip_tile<2, kZeros>,  strip_tile<3, kZeros>,
+                                strip_tile<4, kZeros>,  strip_tile<5, kZeros>,  strip_tile<6, kZeros>,
+                                strip_tile<7, kZeros>,  strip_tile<8, kZeros>,  strip_tile<9, kZeros>,
+                                strip_tile<10, kZeros>, strip_tile<11, kZeros>, strip_tile<12, kZeros>};
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <bool kBytes, bool kZeros>
+void many_rows(const Packed& w, const uint8_t* prepared, int64_t m, int64_t first, int64_t last, const Epilogue& e,
+               uint8_t* scratch) {
+  const Chunk chunk = chunk_at(w, scratch);
+  const int64_t per_chunk = groups_per_chunk(w), row_bytes = int8_row_bytes(w);
+  float* sums = reinterpret_cast<float*>(chunk.zeros + per_chunk * kPanel);
+  for (int64_t from = 0; from < m; from += kPassRows) {
+    const int64_t pass = smaller(m - from, kPassRows);
+    for (int64_t panel = first; panel < last; ++panel) {
+      std::memset(sums, 0, static_cast<size_t>(pass * kPanel) * sizeof(float));
+      for (int64_t group = 0; group < w.groups(); group += per_chunk) {
+        const int64_t groups = smaller(per_chunk, w.groups() - group);
+        unpack_chunk<kBytes, kZeros>(w, w.data + panel * w.panel_bytes() + group * w.group_bytes(), groups, chunk);
+        for (int64_t row = 0; row < pass; row += kTileRows) {
+          const int64_t rows = smaller(pass - row, kTileRows);
+          const Int8Tile tile(w, prepared + (from + row) * row_bytes, rows);
+          for (int strip = 0; strip < kStrips; ++strip)
+            kStrip<kZeros>[rows - 1](w, tile, group, groups, chunk, strip, sums + row * kPanel);
+        }
+      }
+      for (int64_t row = 0; row < pass; ++row) finish(e, w.n, from + row, panel, sums + row * kPanel);
+    }
+  }
+}
+
+template <bool kBytes, bool kZeros>
+void multiply_as(const Packed& w, const uint8_t* prepared, int64_t m, int64_t first, int64_t last, const Epilogue& e,
+                 uint8_t* scratch) {
+  if (m > kFewRows) return many_rows<kBytes, kZeros>(w, prepared, m, first, last, e, scratch);
+  alignas(64) float sums[kFewRows * kPanel];
+  for (int64_t panel = first; panel < last; ++panel) {
+    kFew<kBytes, kZeros>[m - 1](w, prepared, w.data + panel * w.panel_bytes(), sums);
+    for (int64_t row = 0; row < m; ++row) finish(e, w.n, row, panel, sums + row * kPanel);
+  }
+}
+
+void multiply(const Packed& w, const uint8_t* prepared, int64_t m, int64_t first, int64_t last, const Epilogue& e,
+              uint8_t* scratch) {
+  if (m == 0 || first >= last) return;
+  if (w.store == Store::u8)
+    return w.asymmetric ? multiply_as<true, true>(w, prepared, m, first, last, e, scratch)
+                        : multiply_as<true, false>(w, prepared, m, first, last, e, scratch);
+  return w.asymmetric ? multiply_as<false, true>(w, prepared, m, first, last, e, scratch)
+                      : multiply_as<false, false>(w, prepared, m, first, last, e, scratch);
+}
+
+int64_t scratch_bytes(const Packed& w) {
+  const int64_t groups = groups_per_chunk(w);
+  return kStrips * groups * w.quads() * 64 + groups * kPanel * 8 + kPassRows * kPanel * 4;
+}
+
+bool supports(const Packed&) { return true; }
+
+}  // namespace
+
+extern const Kernel kAvx512Vnni;
+const Kernel kAvx512Vnni = {"avx512_vnni", "int8",        Isa::avx512_vnni, supports, int8_row_bytes,
+                            int8_prepare,  scratch_bytes, multiply};
+
+}  // namespace pareto

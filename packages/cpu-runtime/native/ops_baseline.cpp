@@ -1,0 +1,3 @@
+#define PARETO_OPS kOpsBaseline
+#define PARETO_OPS_NAME "scalar"
+#include "ops.inl"

@@ -1,0 +1,66 @@
+#include "packed.h"
+
+#include <cstring>
+
+namespace pareto {
+namespace {
+
+// Where the code of input `input` (within its group) of output `column` (within its panel) lies.
+struct Place {
+  int64_t byte;
+  int shift;
+};
+
+Place place(Store store, int64_t quad_bytes, int64_t column, int64_t input) {
+  const int64_t quad = (input / kQuad) * quad_bytes, lane = input % kQuad;
+  if (store == Store::u8) return {quad + column * kQuad + lane, 0};
+  const int64_t pair = column / 32, in_pair = column % 32;
+  return {quad + pair * kPanel + (in_pair % 16) * kQuad + lane, in_pair < 16 ? 0 : 4};
+}
+
+}  // namespace
+
+void pack(const Packed& shape, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, uint8_t* out) {
+  const int64_t groups = shape.groups(), padded = shape.quads() * kQuad, quad_bytes = shape.quad_bytes();
+  std::memset(out, 0, static_cast<size_t>(shape.bytes()));
+  for (int64_t panel = 0; panel < shape.panels(); ++panel) {
+    for (int64_t g = 0; g < groups; ++g) {
+      uint8_t* header = out + panel * shape.panel_bytes() + g * shape.group_bytes();
+      uint8_t* quads = header + shape.header_bytes();
+      for (int64_t column = 0; column < kPanel; ++column) {
+        const int64_t row = panel * kPanel + column;
+        const bool real = row < shape.n;
+        const uint8_t zero = shape.asymmetric && real ? zeros[row * groups + g] : static_cast<uint8_t>(shape.middle());
+        const uint16_t scale = real ? scales[row * groups + g] : 0;
+        std::memcpy(header + 2 * column, &scale, 2);
+        if (shape.asymmetric) header[2 * kPanel + column] = zero;
+        const uint8_t* source = codes + row * shape.k + g * shape.group;
+        for (int64_t input = 0; input < padded; ++input) {
+          const uint8_t code = real && input < shape.group ? source[input] : zero;
+          const Place at = place(shape.store, quad_bytes, column, input);
+          quads[at.byte] = static_cast<uint8_t>(quads[at.byte] | (code << at.shift));
+        }
+      }
+    }
+  }
+}
+
+void unpack(const Packed& packed, uint8_t* codes, uint16_t* scales, uint8_t* zeros) {
+  const int64_t groups = packed.groups(), quad_bytes = packed.quad_bytes();
+  const uint8_t mask = packed.store == Store::u4 ? 0x0f : 0xff;
+  for (int64_t row = 0; row < packed.n; ++row) {
+    const int64_t panel = row / kPanel, column = row % kPanel;
+    for (int64_t g = 0; g < groups; ++g) {
+      const uint8_t* header = packed.data + panel * packed.panel_bytes() + g * packed.group_bytes();
+      const uint8_t* quads = header + packed.header_bytes();
+      std::memcpy(scales + row * groups + g, header + 2 * column, 2);
+      if (packed.asymmetric) zeros[row * groups + g] = header[2 * kPanel + column];
+      for (int64_t input = 0; input < packed.group; ++input) {
+        const Place at = place(packed.store, quad_bytes, column, input);
+        codes[row * packed.k + g * packed.group + input] = static_cast<uint8_t>((quads[at.byte] >> at.shift) & mask);
+      }
+    }
+  }
+}
+
+}  // namespace pareto
