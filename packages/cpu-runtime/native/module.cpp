@@ -126,6 +126,7 @@ NB_MODULE(_native, module) {
   }, "n"_a, "k"_a, "group"_a, "bits"_a = 4, "asymmetric"_a = false);
   module.def("pack", &pack_into, "codes"_a, "scales"_a, "zeros"_a.none(), "bits"_a, "out"_a);
   bind_program(module);
+  bind_limits(module);
   module.def("multiply", &multiply, "pool"_a, "weight"_a, "x"_a, "y"_a, "kernel"_a = "auto", "compute"_a = "",
              "repeats"_a = 1);
 }
