@@ -1,10 +1,10 @@
 """A decoder of TinyLlama-1.1B's shape with random INT4 weights, the same ones for every runtime.
 
-Timing does not depend on the values of weights, so no download is needed; that all runtimes hold the same values lets their
-answers be compared before anything is timed.
+Timing does not depend on the values of weights, so no download is needed; that all runtimes hold the same values lets
+their answers be compared before anything is timed.
 
-A matrix is made of Q4_0's blocks, llama.cpp's format: 32 inputs share an fp16 scale d, a weight is d * (code - 8). Ours at
-group size 32 is the same numbers in another order; at 128, four blocks of the same matrix share the first one's scale.
+A matrix is made of Q4_0's blocks, llama.cpp's format: 32 inputs share an fp16 scale d, a weight is d * (code - 8). Ours
+at group size 32 is the same numbers in another order; at 128 four blocks share a scale.
 """
 
 from __future__ import annotations
@@ -97,3 +97,19 @@ def random_embedding(geometry: Geometry) -> np.ndarray:
 
     table = random_of("embed").standard_normal((geometry.vocabulary, geometry.width), dtype=np.float32)
     return table.astype(np.float16).astype(np.float32)
+
+
+def q4_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return the blocks of a matrix, (n, 18 * k / 32) uint8: fp16 scale, then 16 bytes with inputs i and 16 + i."""
+    import numpy as np
+
+    n, k = codes.shape
+    blocks = codes.reshape(n, k // BLOCK, 2, BLOCK // 2)
+    nibbles = blocks[:, :, 0] | (blocks[:, :, 1] << 4)
+    return np.concatenate([scales[..., None].view(np.uint8), nibbles], axis=2).reshape(n, -1)
+
+
+def neighbouring(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the outputs of a query or key projection: llama.cpp rotates neighbours, transformers halves of a head."""
+    n = rows.shape[0]
+    return rows.reshape(heads, 2, n // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

@@ -1,17 +1,15 @@
-"""Writes the random decoder as a GGUF file with Q4_0 weights, which llama.cpp repacks for this processor as it loads it.
+"""Writes the random decoder as a GGUF file with Q4_0 weights, which llama.cpp repacks for this processor on loading.
 
-Needs the package ``gguf`` (llama.cpp's own writer).
+Run by path, with the sizes and the file's name as JSON, under any interpreter that has numpy and ``gguf``, llama.cpp's
+own writer.
 """
 
-from __future__ import annotations
+import json
+import sys
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pareto_cpu_runtime.peers.geometry import BLOCK, Geometry, random_blocks, random_embedding
-
-if TYPE_CHECKING:
-    import numpy as np
+import gguf
+import numpy as np
+from geometry import Geometry, neighbouring, q4_0, random_blocks, random_embedding
 
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -24,27 +22,8 @@ _NAMES = {
 }
 
 
-def q4_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Return the blocks of a matrix, (n, 18 * k / 32) uint8: fp16 scale, then 16 bytes with inputs i and 16 + i."""
-    import numpy as np
-
-    n, k = codes.shape
-    blocks = codes.reshape(n, k // BLOCK, 2, BLOCK // 2)
-    nibbles = blocks[:, :, 0] | (blocks[:, :, 1] << 4)
-    return np.concatenate([scales[..., None].view(np.uint8), nibbles], axis=2).reshape(n, -1)
-
-
-def neighbouring(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the outputs of a query or key projection: llama.cpp rotates neighbours, transformers halves of a head."""
-    n = rows.shape[0]
-    return rows.reshape(heads, 2, n // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def write(geometry: Geometry, path: Path) -> None:
+def write(geometry: Geometry, path: str) -> None:
     """Write the file."""
-    import gguf
-    import numpy as np
-
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(geometry.name)
     writer.add_vocab_size(geometry.vocabulary)
@@ -78,3 +57,8 @@ def write(geometry: Geometry, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    write(Geometry(**given["geometry"]), given["path"])
