@@ -19,6 +19,8 @@ from pareto_cpu_runtime._library import native
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from pareto_cpu_runtime.memory import Arena
+
 PANEL = 64
 HALF = 16
 Index = slice | np.ndarray
@@ -144,6 +146,23 @@ class Dense:
 Matrix = Quantised | Dense
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panels:
+    """A quantised matrix that lies in panels already; ``mapped`` data stay where they are."""
+
+    data: NDArray[np.uint8]
+    shape: tuple[int, int]
+    group: int
+    bits: int
+    asymmetric: bool
+    multiplier: float
+    mapped: bool = False
+
+    def weight(self, data: NDArray[np.uint8]) -> Any:
+        """The native weight that reads ``data``, these panels or a copy of them."""
+        return native().Weight.of(data, *self.shape, self.group, self.bits, self.asymmetric, self.multiplier)
+
+
 def unified(parts: Sequence[Matrix]) -> list[Matrix]:
     """The parts of one operator in one format, values unchanged."""
     if len(parts) == 1:
@@ -201,6 +220,18 @@ def packed_bytes(matrix: Matrix) -> int:
     if isinstance(matrix, Dense):
         return int(native().packed_bytes(n, k, k, matrix.values.dtype.itemsize * 8, False))
     return int(native().packed_bytes(n, k, matrix.group, matrix.bits, matrix.zeros is not None))
+
+
+def place(matrix: Matrix | Panels, arena: Arena) -> tuple[Any, int]:
+    """Put the matrix into the arena, unless it is mapped; returns the native weight and its bytes."""
+    if isinstance(matrix, Panels):
+        data = matrix.data
+        if not matrix.mapped:
+            data = arena.take(matrix.data.nbytes)
+            data[:] = matrix.data
+        return matrix.weight(data), data.nbytes
+    out = arena.take(packed_bytes(matrix))
+    return pack(matrix, out), out.nbytes
 
 
 def pack(matrix: Matrix, out: NDArray[np.uint8]) -> Any:

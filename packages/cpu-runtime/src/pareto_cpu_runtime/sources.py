@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from pareto_core.errors import DataError, ModelError
-from pareto_cpu_runtime.matrix import Dense, Matrix, Quantised
+from pareto_cpu_runtime.matrix import PANEL, Dense, Matrix, Panels, Quantised
 
 if TYPE_CHECKING:
     import torch
 
+    from pareto_cpu_runtime.families.description import Operator
     from pareto_cpu_runtime.quantise.config import Precision
 
 
@@ -29,6 +30,10 @@ class Source(Protocol):
 
     def matrix(self, module: str) -> Matrix:
         """The weight of the linear module of that name. Raises :class:`ModelError` where it is missing or not finite."""
+        ...
+
+    def panels(self, operator: Operator) -> Panels | None:
+        """The operator's matrix in panels, where it is stored so."""
         ...
 
     def tensor(self, name: str) -> torch.Tensor | None:
@@ -103,6 +108,9 @@ class StateSource:
             return dataclasses.replace(self._precision, group_size="channel")  # type: ignore[arg-type,type-var]
         return self._precision
 
+    def panels(self, operator: Operator) -> None:
+        """See :class:`Source`."""
+
     def tensor(self, name: str) -> torch.Tensor | None:
         """See :class:`Source`."""
         return self._state.get(name)
@@ -140,6 +148,9 @@ class QuantisedSource:
             raise ModelError(f"the quantised model has no {module}")
         return dense_of(tensor, f"{module}.weight")
 
+    def panels(self, operator: Operator) -> None:
+        """See :class:`Source`."""
+
     def tensor(self, name: str) -> torch.Tensor | None:
         """See :class:`Source`."""
         return self._model.tensors.get(name)
@@ -149,13 +160,81 @@ class QuantisedSource:
         return int(self._model.packed_bytes)
 
 
+class PackedSource:
+    """Weights of a packed directory. What is stored as the runtime lays it out goes from the file as it is."""
+
+    def __init__(self, model: Any, mapped: bool, generation_config: Any = None) -> None:
+        self.config, self.generation_config = model.config, generation_config
+        self._model, self._mapped = model, mapped
+        self._fused = {module: name for name, entry in model.matrices.items() for module in entry.modules}
+
+    def panels(self, operator: Operator) -> Panels | None:
+        """See :class:`Source`."""
+        if any(part.index is not None for part in operator.parts):
+            return None
+        modules = tuple(part.module for part in operator.parts)
+        name = self._fused.get(modules[0], modules[0])
+        entry = self._model.matrices.get(name)
+        if entry is None or (entry.modules or (name,)) != modules:
+            return None
+        if operator.gated and (entry.order != "interleave" or entry.n % PANEL):
+            return None
+        return Panels(
+            data=self._model.panels(name).numpy(),
+            shape=(entry.n, entry.k),
+            group=entry.group,
+            bits=entry.store_bits,
+            asymmetric=entry.asymmetric,
+            multiplier=entry.multiplier,
+            mapped=self._mapped,
+        )
+
+    def matrix(self, module: str) -> Matrix:
+        """See :class:`Source`."""
+        from pareto_cpu_runtime.quantise.fusion import split
+
+        name = self._fused.get(module, module)
+        if name in self._model.matrices:
+            entry, linear = self._model.matrices[name], self._model.linear(name)
+            if entry.modules:
+                linear = split(linear, entry.rows, entry.order)[entry.modules.index(module)]
+            return quantised_of(linear)
+        tensor = self.tensor(f"{module}.weight")
+        if tensor is None:
+            raise ModelError(f"{self._model.directory}: the packed model has no {module}")
+        return dense_of(tensor, f"{module}.weight")
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """See :class:`Source`."""
+        return self._model.tensors.get(name)
+
+    def nbytes(self) -> int:
+        """See :class:`Source`."""
+        return int(self._model.weight_bytes)
+
+
+def read_packed(directory: Path, mode: str) -> PackedSource:
+    """A packed directory, its hash and scales checked. Raises :class:`DataError` naming the file that does not fit."""
+    from pareto_cpu_runtime.checkpoint import load_packed
+
+    return PackedSource(load_packed(directory), mode == "map", _generation_config(directory))
+
+
+def _generation_config(directory: Path) -> Any:
+    from transformers import GenerationConfig
+
+    if not (directory / "generation_config.json").exists():
+        return None
+    return GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
 def read_directory(directory: Path, precision: Precision | None) -> StateSource:
     """A transformers directory (config.json and safetensors), tensors mapped from the files, not read at once.
 
     Raises :class:`DataError` naming the file that is missing or broken.
     """
     from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -168,10 +247,7 @@ def read_directory(directory: Path, precision: Precision | None) -> StateSource:
                 state.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise DataError(f"{file}: not a whole safetensors file: {error}") from error
-    generation = None
-    if (directory / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    return StateSource(config, state, precision, generation)
+    return StateSource(config, state, precision, _generation_config(directory))
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pareto_core.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from pareto_cpu_runtime.families.description import Decoder
+    from pareto_cpu_runtime.quantise.fusion import Fusion
 
 #: transformers' model type -> the file that describes it
 FAMILIES = {
@@ -37,11 +38,13 @@ def describe(config: Any) -> Decoder:
     return importlib.import_module(f"pareto_cpu_runtime.families.{FAMILIES[kind]}").describe(config)
 
 
-def fusions(config: Any) -> list[tuple[str, list[str], str]]:
-    """Operators that are made of several whole modules: (name, module names, "concat" or "interleave")."""
+def fusions(config: Any) -> list[Fusion]:
+    """Matrices that are best stored as one: operators that the runtime makes of several whole modules."""
+    from pareto_cpu_runtime.quantise.fusion import Fusion
+
     made = []
     for operator in describe(config).operators():
-        modules = [part.module for part in operator.parts]
+        modules = tuple(part.module for part in operator.parts)
         if len(set(modules)) > 1 and all(part.index is None for part in operator.parts):
-            made.append((operator.name, modules, "interleave" if operator.gated else "concat"))
+            made.append(Fusion(operator.name, modules, "interleave" if operator.gated else "concat"))
     return made

@@ -16,7 +16,7 @@ from pareto_cpu_runtime.memory import Arena
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pareto_cpu_runtime.matrix import Matrix
+    from pareto_cpu_runtime.matrix import Matrix, Panels
     from pareto_cpu_runtime.sources import Source
 
 
@@ -143,8 +143,13 @@ class Builder:
             weight = dense_of(embedding, self.decoder.embedding)
         self._linear(head, x, None, norm=self.decoder.final_norm, weight=weight)
 
-    def _matrix(self, operator: Operator) -> Matrix:
-        """The operator's rows, out of its modules, joined in the order that the kernel writes them."""
+    def _matrix(self, operator: Operator) -> Matrix | Panels:
+        """The operator's matrix as the source has it in panels, or joined from its modules."""
+        ready = self.source.panels(operator)
+        return self._joined(operator) if ready is None else ready
+
+    def _joined(self, operator: Operator) -> Matrix:
+        """The operator's rows, out of its modules, in the order that the kernel writes them."""
         read: dict[str, Matrix] = {}
         parts = []
         for part in operator.parts:
@@ -161,7 +166,7 @@ class Builder:
         y: int | None,
         norm: Norm | None = None,
         residual: int | None = None,
-        weight: Matrix | None = None,
+        weight: Matrix | Panels | None = None,
     ) -> None:
         weight = self._matrix(operator) if weight is None else weight
         inputs = self._expected_inputs(operator)
@@ -170,10 +175,11 @@ class Builder:
             modules = ", ".join(part.module for part in operator.parts)
             raise ModelError(f"{modules}: {weight.shape[1]} inputs, the config asks for {inputs[0]}")
         if inputs[1] != inputs[0]:
+            if isinstance(weight, matrices.Panels):
+                weight = self._joined(operator)
             weight = weight.padded(outputs, inputs[1])
-        packed = self.arena.take(matrices.packed_bytes(weight))
-        held = matrices.pack(weight, packed)
-        self.weight_bytes += packed.nbytes
+        held, size = matrices.place(weight, self.arena)
+        self.weight_bytes += size
         settings = self._norm_settings(norm, inputs[0])
         chosen = self.program.linear(
             held,
@@ -187,7 +193,7 @@ class Builder:
             compute="" if isinstance(weight, matrices.Dense) else self.limits.compute,
             **settings,
         )
-        self.operators[operator.name] = {"kernel": chosen, **_format(weight), "bytes": packed.nbytes}
+        self.operators[operator.name] = {"kernel": chosen, **_format(weight), "bytes": size}
 
     def _expected_inputs(self, operator: Operator) -> tuple[int, int]:
         """Inputs that the modules must have, and those of the buffer that is read (gated outputs are filled up)."""
@@ -242,11 +248,12 @@ class Builder:
         return values
 
 
-def _format(weight: Matrix) -> dict[str, Any]:
+def _format(weight: Matrix | Panels) -> dict[str, Any]:
     n, k = weight.shape
     if isinstance(weight, matrices.Dense):
         return {"shape": (n, k), "bits": weight.values.dtype.itemsize * 8, "group": k, "asymmetric": False}
-    return {"shape": (n, k), "bits": weight.bits, "group": weight.group, "asymmetric": weight.zeros is not None}
+    asymmetric = weight.asymmetric if isinstance(weight, matrices.Panels) else weight.zeros is not None
+    return {"shape": (n, k), "bits": weight.bits, "group": weight.group, "asymmetric": asymmetric}
 
 
 def check_limits(limits: Limits) -> None:
