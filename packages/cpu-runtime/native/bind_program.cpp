@@ -43,10 +43,11 @@ void add_embed(Decoder& decoder, nb::ndarray<nb::c_contig, nb::device::cpu, nb::
   decoder.program.add(embed_step(table.data(), bf16, vocabulary, width, scale, x));
 }
 
-void add_linear(Decoder& decoder, const Weight& weight, int x, std::optional<int> y, const std::string& norm,
-                std::optional<Floats> norm_weight, std::optional<Floats> norm_bias, float epsilon,
-                std::optional<Floats> bias, const std::string& activation, bool gated, std::optional<int> residual,
-                const std::string& kernel, const std::string& compute) {
+// Returns the name of the kernel that was chosen.
+std::string add_linear(Decoder& decoder, const Weight& weight, int x, std::optional<int> y, const std::string& norm,
+                       std::optional<Floats> norm_weight, std::optional<Floats> norm_bias, float epsilon,
+                       std::optional<Floats> bias, const std::string& activation, bool gated,
+                       std::optional<int> residual, const std::string& kernel, const std::string& compute) {
   static const std::map<std::string, Norm> norms = {
       {"none", Norm::none}, {"rms", Norm::rms}, {"layer", Norm::layer}};
   static const std::map<std::string, Activation> activations = {{"none", Activation::none},
@@ -84,6 +85,7 @@ void add_linear(Decoder& decoder, const Weight& weight, int x, std::optional<int
   if (step.logits) decoder.outputs = outputs;
   decoder.kept.push_back(weight.owner);
   decoder.program.add(linear_step(std::move(step)));
+  return chosen->name;
 }
 
 void check_range(Ints values, int64_t limit, const char* what) {
