@@ -11,7 +11,6 @@ from transformers import LlamaConfig
 from pareto_cpu_runtime.checkpoint import write_packed
 from pareto_cpu_runtime.families import fusions
 from pareto_cpu_runtime.peers.geometry import BLOCK, Geometry, random_blocks, random_embedding
-from pareto_cpu_runtime.quantise.fusion import Fusion
 from pareto_cpu_runtime.quantise.matrix import QuantisedLinear
 
 
@@ -41,5 +40,5 @@ def write(geometry: Geometry, group: int, directory: Path) -> None:
     tensors = {f"{name}_layernorm.weight": torch.ones(geometry.width) for name in ones}
     tensors["model.norm.weight"] = torch.ones(geometry.width)
     tensors["model.embed_tokens.weight"] = torch.from_numpy(random_embedding(geometry)).to(torch.bfloat16)
-    fused = [Fusion(name, tuple(modules), order) for name, modules, order in fusions(config)]
-    write_packed(directory, config, "LlamaForCausalLM", RandomMatrices(geometry, group), tensors, fused)
+    matrices = RandomMatrices(geometry, group)
+    write_packed(directory, config, "LlamaForCausalLM", matrices, tensors, tuple(fusions(config)))
