@@ -72,7 +72,7 @@ def rows(m, k, seed=1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((m, k)).astype(np.float32)
 
 
-def product(kernel, case, x, threads=2) -> np.ndarray:
+def product(kernel, case, x, threads=1) -> np.ndarray:
     y = np.full((x.shape[0], case.differences.shape[0]), np.nan, np.float32)
     _native.multiply(POOLS[threads], case.weight, x, y, kernel)
     return y
@@ -82,8 +82,8 @@ def largest_error(compute: str, case: Case, x: np.ndarray) -> np.ndarray:
     """What |y - reference| may be at most, (m, n), by the roundings that a compute type has.
 
     Adding t terms in fp32 costs at most t * 2^-24 of the sum of their sizes. int8 moves a value of a row by at most
-    half a step, 1/254 of the largest of its group; bf16 by 2^-8 of itself, fp16 by 2^-11, and fp16 rounds up to 16 sums on
-    the way. Where results are subnormal in fp32 or fp16, a fixed amount is added.
+    half a step, 1/254 of the largest of its group; bf16 by 2^-8 of itself, fp16 by 2^-11, and fp16 rounds up to 16
+    sums on the way. Where results are subnormal in fp32 or fp16, a fixed amount is added.
     """
     n, groups, group = case.differences.shape
     sizes = np.abs(case.differences * case.scales)
@@ -102,7 +102,7 @@ def largest_error(compute: str, case: Case, x: np.ndarray) -> np.ndarray:
     return adding + own + subnormal
 
 
-def check(kernel, case, x, threads=2) -> None:
+def check(kernel, case, x, threads=1) -> None:
     y = product(kernel, case, x, threads)
     wanted = x.astype(np.float64) @ case.matrix.T
     error = np.abs(y - wanted)
@@ -122,9 +122,9 @@ def test_every_number_of_rows(kernel, bits, asymmetric):
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 20, 32, 33, 48, 63, 64, 100, 128, 256, 512, 1024])
 def test_every_group_size(kernel, group):
     for bits, asymmetric in STORES:
-        case = quantised(65, 3 * group, group, bits, asymmetric, seed=group)
-        for m in (1, 3, 6, 17):
-            check(kernel, case, rows(m, 3 * group))
+        case = quantised(65, 2 * group, group, bits, asymmetric, seed=group)
+        for m in (1, 3, 6, 17) if group < 100 else (2, 13):
+            check(kernel, case, rows(m, 2 * group))
 
 
 @every_kernel
@@ -186,7 +186,7 @@ def test_a_row_is_the_same_alone_and_among_others_and_on_any_threads(kernel, bit
     x[20, 5] = np.nan
     together = product(kernel, case, x)
     for m in [*range(1, 41), 239, 240, 241, 252, 516, 517, 530]:
-        for threads in (1, 2, 3, 5) if m in (1, 2, 5, 13, 241) else (2,):
+        for threads in (1, 2, 3, 5) if m in (1, 2, 5, 13, 241) else (1,):
             assert np.array_equal(product(kernel, case, x[:m], threads), together[:m], equal_nan=True)
     for first in (1, 20, 41, 300, 530):
         for m in (1, 2, 11):
@@ -273,7 +273,7 @@ def test_misaligned_arrays(kernel, offset):
         for m in (1, 9):
             wanted = product(kernel, quantised(70, 96, 32, bits, asymmetric), rows(9, 96)[:m])
             y = np.empty(m * 70 + offset, np.float32)[offset:].reshape(m, 70)
-            _native.multiply(POOLS[2], case.weight, x[:m], y, kernel)
+            _native.multiply(POOLS[1], case.weight, x[:m], y, kernel)
             assert np.array_equal(y, wanted)
     if TABLE[kernel][0] == "fp32":
         for dtype in (torch.float32, torch.bfloat16):
@@ -319,7 +319,7 @@ def test_no_access_outside_the_arrays(kernel, at_end):
         for m in (1, 2, 3, 4, 5, 8, 9, 13, 25):
             x = guarded.copy(rows(m, groups * group))
             y = guarded.copy(np.zeros((m, n), np.float32))
-            _native.multiply(POOLS[2], case.weight, x, y, kernel)
+            _native.multiply(POOLS[1], case.weight, x, y, kernel)
             wanted = rows(m, groups * group).astype(np.float64) @ case.matrix.T
             assert (np.abs(y - wanted) <= largest_error(TABLE[kernel][0], case, x)).all()
 
