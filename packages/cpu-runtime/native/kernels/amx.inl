@@ -83,7 +83,7 @@ void amx_tile(const Packed& w, const uint8_t* tile, int64_t rows, const Piece& p
     if (piece.begins) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t column = 0; column < kPanel; column += M::kLanes) {
-          typename M::Zeros zeros;
+          typename M::Zeros zeros{};
           if constexpr (Z) std::memcpy(&zeros, chunk.zeros + 4 * (g * kPanel + column), sizeof(zeros));
           const Tile<M> row(w, tile + r * bytes, 1);
           M::save(dots + r * kPanel + column, M::template begin<Z>(row.start(group), zeros));

@@ -94,7 +94,7 @@ inline void few_rows_group(const Packed& w, const Tile<M>& rows, const uint8_t* 
   const int64_t quads = w.quads();
   const int32_t* words = rows.words + g * quads * kSteps * R;
   const uint8_t* quad = header + w.header_bytes();
-  typename M::Zeros zeros[P][2];
+  typename M::Zeros zeros[P][2] = {};
   typename M::Acc acc[R][P][2];
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < 2; ++i) {
@@ -203,7 +203,7 @@ void unpack_chunk(const Packed& w, const uint8_t* panel, const Piece& piece, con
   for (int64_t g = 0; g < piece.groups; ++g) {
     const uint8_t* header = panel + (piece.group + g) * w.group_bytes();
     for (int unit = 0; unit < 32 / M::kLanes; ++unit) {
-      typename M::Zeros zeros[2];
+      typename M::Zeros zeros[2] = {};
       uint8_t* out[2];
       for (int i = 0; i < 2; ++i) {
         const int strip = strip_of<M>(unit, i), column = M::kLanes * strip;
@@ -238,7 +238,7 @@ void strip_tile(const Packed& w, const Tile<M>& rows, const Piece& piece, const 
   for (int64_t g = 0; g < piece.groups; ++g) {
     const int64_t at = (piece.group + g) * R;
     typename M::Acc acc[R];
-    typename M::Zeros zeros;
+    typename M::Zeros zeros{};
     if constexpr (Z) std::memcpy(&zeros, chunk.zeros + 4 * (g * kPanel + column), sizeof(zeros));
     for (int r = 0; r < R; ++r) {
       if (piece.begins) acc[r] = M::template begin<Z>(rows.start(at + r), zeros);
