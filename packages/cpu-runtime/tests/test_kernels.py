@@ -345,6 +345,19 @@ def test_epilogue_bias_activation_and_gate(kernel, m):
     np.testing.assert_allclose(y, (silu(sums[:, :, 0]) * sums[:, :, 1]).reshape(m, 64), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "same", [["avx_vnni", "avx512_vnni", "amx_int8"], ["avx2", "avx512f"]], ids=["int8", "fp32 by fused multiply-add"]
+)
+def test_kernels_that_add_up_in_the_same_order_agree_bit_by_bit(same):
+    here = [name for name in same if TABLE[name][1]]
+    if len(here) < 2:
+        pytest.skip(f"this processor or system has fewer than two of {', '.join(same)}")
+    for bits, asymmetric in STORES:
+        case = quantised(70, 192, 64, bits, asymmetric)
+        first, *others = (product(kernel, case, rows(17, 192)) for kernel in here)
+        assert all(np.array_equal(first, other) for other in others)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     kernel=st.sampled_from(HERE),
