@@ -1,7 +1,8 @@
 // The packed weight format: what lies in the file is what the kernels read.
 //
 // A matrix W of n outputs and k inputs, y = x W^T, is cut into panels of 64 outputs, stored one after the other;
-// the last panel is filled up with zeros. Within a panel the inputs go by groups, which share a scale per output. One group is
+// the last panel is filled up with zeros. Within a panel the inputs go by groups, which share a scale per output. One
+// group is
 //
 //   scales    64 x fp16
 //   zeros     64 x u8                                      (asymmetric weights only)
