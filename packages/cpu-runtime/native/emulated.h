@@ -1,6 +1,6 @@
-// Instructions that few processors have, by instructions that more have: a test build (PARETO_EMULATE) reads this file before
-// the kernels of AVX_VNNI, AVX512_FP16 and AMX, and so runs their logic on a processor with AVX512_VNNI and AVX512_BF16.
-// What it cannot show is that the processor does what its manual says.
+// Instructions that few processors have, by instructions that more have: a test build (PARETO_EMULATE) reads this file
+// before the kernels of AVX_VNNI, AVX512_FP16 and AMX, and so runs their logic on a processor with AVX512_VNNI and
+// AVX512_BF16. What it cannot show is that the processor does what its manual says.
 #pragma once
 
 #include <immintrin.h>
@@ -18,8 +18,8 @@ inline __m256i dpbusd(__m256i acc, __m256i a, __m256i b) {
       _mm512_dpbusd_epi32(_mm512_castsi256_si512(acc), _mm512_castsi256_si512(a), _mm512_castsi256_si512(b)));
 }
 
-// 32 fp16 values as their bits. A product of two and its sum with a third are rounded once to fp32 and once to fp16, where
-// the instruction rounds once.
+// 32 fp16 values as their bits. A product of two and its sum with a third are rounded once to fp32 and once to fp16,
+// where the instruction rounds once.
 inline __m512 even_halves(__m512i x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 inline __m512 odd_halves(__m512i x) { return even_halves(_mm512_srli_epi32(x, 16)); }
 inline __m512i join_halves(__m512 even, __m512 odd) {

@@ -27,8 +27,8 @@ void pack_values(const Packed& shape, const void* values, uint8_t* out) {
   const Value* source = static_cast<const Value*>(values);
   for (int64_t row = 0; row < shape.n; ++row)
     for (int64_t input = 0; input < shape.k; ++input)
-      std::memcpy(out + dense_place(shape, row, input) * static_cast<int64_t>(sizeof(Value)), source + row * shape.k + input,
-                  sizeof(Value));
+      std::memcpy(out + dense_place(shape, row, input) * static_cast<int64_t>(sizeof(Value)),
+                  source + row * shape.k + input, sizeof(Value));
 }
 
 template <typename Value>

@@ -1,7 +1,8 @@
 // The packed weight format: what lies in the file is what the kernels read.
 //
-// A matrix W of n outputs and k inputs, y = x W^T, is cut into panels of 64 outputs, stored one after the other; the last
-// panel is filled up with zeros. Within a panel the inputs go by groups, which share a scale per output. One group is
+// A matrix W of n outputs and k inputs, y = x W^T, is cut into panels of 64 outputs, stored one after the other;
+// the last panel is filled up with zeros. Within a panel the inputs go by groups, which share a scale per output. One
+// group is
 //
 //   scales    64 x fp16
 //   zeros     64 x u8                                      (asymmetric weights only)
@@ -11,8 +12,8 @@
 // 64 bytes holds outputs c (low nibble) and 16 + c (high nibble), the other 64 bytes outputs 32 + c and 48 + c. Inputs
 // that fill up the last quad of a group have the code of zero.
 //
-// Weights that are left unquantised, fp32 or bf16, lie in panels too: inputs one after the other, 64 outputs of each, and
-// zeros that fill up the last quad. They have one group, k, and neither scales nor zeros.
+// Weights that are left unquantised, fp32 or bf16, lie in panels too: inputs one after the other, 64 outputs of each,
+// and zeros that fill up the last quad. They have one group, k, and neither scales nor zeros.
 //
 // A weight is multiplier * scale * (code - zero); zero is 8 (u4) or 128 (u8) for symmetric weights. The multiplier is a
 // power of two that brings the largest scale of the matrix into fp16's range: rounding is not touched.

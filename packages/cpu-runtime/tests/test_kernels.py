@@ -24,6 +24,9 @@ STORES = [(4, False), (4, True), (8, False), (8, True)]
 POOLS = {threads: _native.Pool(threads) for threads in (1, 2, 3, 5)}
 
 every_kernel = pytest.mark.parametrize("kernel", EVERY_KERNEL)
+every_fp32_kernel = pytest.mark.parametrize(
+    "kernel", [param for param in EVERY_KERNEL if TABLE[param.values[0]][0] == "fp32"]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ def rows(m, k, seed=1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((m, k)).astype(np.float32)
 
 
-def product(kernel, case, x, threads=2) -> np.ndarray:
+def product(kernel, case, x, threads=1) -> np.ndarray:
     y = np.full((x.shape[0], case.differences.shape[0]), np.nan, np.float32)
     _native.multiply(POOLS[threads], case.weight, x, y, kernel)
     return y
@@ -78,16 +81,15 @@ def product(kernel, case, x, threads=2) -> np.ndarray:
 def largest_error(compute: str, case: Case, x: np.ndarray) -> np.ndarray:
     """What |y - reference| may be at most, (m, n), by the roundings that a compute type has.
 
-    Adding t terms in fp32 costs at most t * 2^-24 of the sum of their sizes. int8 moves a value of a row by at most half a
-    step, 1/254 of the largest of its group; bf16 by 2^-8 of itself, fp16 by 2^-11, and fp16 rounds up to 16 sums on
-    the way. Where results are subnormal in fp32 or fp16, a fixed amount is added.
+    Adding t terms in fp32 costs at most t * 2^-24 of the sum of their sizes. int8 moves a value of a row by at most
+    half a step, 1/254 of the largest of its group; bf16 by 2^-8 of itself, fp16 by 2^-11, and fp16 rounds up to 16
+    sums on the way. Where results are subnormal in fp32 or fp16, a fixed amount is added.
     """
     n, groups, group = case.differences.shape
     sizes = np.abs(case.differences * case.scales)
     parts = np.abs(x.astype(np.float64)).reshape(-1, groups, group)
-    peaks = parts.max(axis=2, keepdims=True)
-    by_value = np.einsum("mgi,ngi->mn", parts, sizes)
-    by_peak = np.einsum("mgi,ngj->mn", peaks, sizes + np.abs(case.scales))
+    by_value = parts.reshape(len(x), -1) @ sizes.reshape(n, -1).T
+    by_peak = parts.max(axis=2) @ (sizes + np.abs(case.scales)).sum(axis=2).T
     adding = (group + groups + 8) * 2.0**-23 * (by_value + by_peak / 254 * (compute == "int8"))
     steps = np.abs(case.differences).sum(axis=2).max() * groups * (1 + np.abs(case.scales).max())
     subnormal = 2.0**-149 * 128 * steps
@@ -100,7 +102,7 @@ def largest_error(compute: str, case: Case, x: np.ndarray) -> np.ndarray:
     return adding + own + subnormal
 
 
-def check(kernel, case, x, threads=2) -> None:
+def check(kernel, case, x, threads=1) -> None:
     y = product(kernel, case, x, threads)
     wanted = x.astype(np.float64) @ case.matrix.T
     error = np.abs(y - wanted)
@@ -120,9 +122,9 @@ def test_every_number_of_rows(kernel, bits, asymmetric):
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 20, 32, 33, 48, 63, 64, 100, 128, 256, 512, 1024])
 def test_every_group_size(kernel, group):
     for bits, asymmetric in STORES:
-        case = quantised(65, 3 * group, group, bits, asymmetric, seed=group)
-        for m in (1, 3, 6, 17):
-            check(kernel, case, rows(m, 3 * group))
+        case = quantised(65, 2 * group, group, bits, asymmetric, seed=group)
+        for m in (1, 3, 6, 17) if group < 100 else (2, 13):
+            check(kernel, case, rows(m, 2 * group))
 
 
 @every_kernel
@@ -148,10 +150,11 @@ def test_groups_longer_than_what_is_unpacked_at_a_time(kernel, bits, asymmetric)
 def test_error_relative_to_the_largest_result(kernel):
     """What the roundings come to on random numbers.
 
-    int8: a step is 1/127 of a group's largest value, about 2.7 standard deviations at group 128, and an error is spread evenly
-    over a step: 2.7 / 127 / sqrt(12) = 0.6 % of a standard deviation, and y has the same ratio of errors to values.
+    int8: a step is 1/127 of a group's largest value, about 2.7 standard deviations at group 128, and an error is
+    spread evenly over a step: 2.7 / 127 / sqrt(12) = 0.6 % of a standard deviation. y has the same ratio of errors to
+    values; the largest of some thousand varies by half as much again.
     """
-    limits = {"fp32": 1e-6, "int8": 8e-3, "bf16": 3e-3, "fp16": 2e-3}
+    limits = {"fp32": 1e-6, "int8": 1e-2, "bf16": 3e-3, "fp16": 2e-3}
     for group in (32, 128):
         case = quantised(256, 512, group)
         for m in (1, 24):
@@ -183,7 +186,7 @@ def test_a_row_is_the_same_alone_and_among_others_and_on_any_threads(kernel, bit
     x[20, 5] = np.nan
     together = product(kernel, case, x)
     for m in [*range(1, 41), 239, 240, 241, 252, 516, 517, 530]:
-        for threads in (1, 2, 3, 5) if m in (1, 2, 5, 13, 241) else (2,):
+        for threads in (1, 2, 3, 5) if m in (1, 2, 5, 13, 241) else (1,):
             assert np.array_equal(product(kernel, case, x[:m], threads), together[:m], equal_nan=True)
     for first in (1, 20, 41, 300, 530):
         for m in (1, 2, 11):
@@ -191,7 +194,7 @@ def test_a_row_is_the_same_alone_and_among_others_and_on_any_threads(kernel, bit
             assert np.array_equal(alone, together[first : first + m], equal_nan=True)
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(k.values[0], marks=k.marks) for k in EVERY_KERNEL if TABLE[k.values[0]][0] == "fp32"])
+@every_fp32_kernel
 def test_a_row_through_unquantised_weights_is_the_same_alone(kernel):
     case = dense(130, 1500, torch.bfloat16)
     x = rows(27, 1500)
@@ -270,7 +273,7 @@ def test_misaligned_arrays(kernel, offset):
         for m in (1, 9):
             wanted = product(kernel, quantised(70, 96, 32, bits, asymmetric), rows(9, 96)[:m])
             y = np.empty(m * 70 + offset, np.float32)[offset:].reshape(m, 70)
-            _native.multiply(POOLS[2], case.weight, x[:m], y, kernel)
+            _native.multiply(POOLS[1], case.weight, x[:m], y, kernel)
             assert np.array_equal(y, wanted)
     if TABLE[kernel][0] == "fp32":
         for dtype in (torch.float32, torch.bfloat16):
@@ -316,7 +319,7 @@ def test_no_access_outside_the_arrays(kernel, at_end):
         for m in (1, 2, 3, 4, 5, 8, 9, 13, 25):
             x = guarded.copy(rows(m, groups * group))
             y = guarded.copy(np.zeros((m, n), np.float32))
-            _native.multiply(POOLS[2], case.weight, x, y, kernel)
+            _native.multiply(POOLS[1], case.weight, x, y, kernel)
             wanted = rows(m, groups * group).astype(np.float64) @ case.matrix.T
             assert (np.abs(y - wanted) <= largest_error(TABLE[kernel][0], case, x)).all()
 
@@ -342,6 +345,19 @@ def test_epilogue_bias_activation_and_gate(kernel, m):
     np.testing.assert_allclose(y, (silu(sums[:, :, 0]) * sums[:, :, 1]).reshape(m, 64), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "same", [["avx_vnni", "avx512_vnni", "amx_int8"], ["avx2", "avx512f"]], ids=["int8", "fp32 by fused multiply-add"]
+)
+def test_kernels_that_add_up_in_the_same_order_agree_bit_by_bit(same):
+    here = [name for name in same if TABLE[name][1]]
+    if len(here) < 2:
+        pytest.skip(f"this processor or system has fewer than two of {', '.join(same)}")
+    for bits, asymmetric in STORES:
+        case = quantised(70, 192, 64, bits, asymmetric)
+        first, *others = (product(kernel, case, rows(17, 192)) for kernel in here)
+        assert all(np.array_equal(first, other) for other in others)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     kernel=st.sampled_from(HERE),
@@ -357,37 +373,6 @@ def test_any_shape(kernel, m, n, groups, group, store, threads, seed):
     check(kernel, quantised(n, groups * group, group, *store, seed=seed), rows(m, groups * group, seed), threads)
 
 
-@settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 140), groups=st.integers(1, 5), group=st.integers(1, 40), store=st.sampled_from(STORES))
-def test_unpacking_gives_what_was_packed(n, groups, group, store):
-    bits, asymmetric = store
-    rng = np.random.default_rng(n)
-    codes = rng.integers(0, 2**bits, (n, groups * group), dtype=np.uint8)
-    scales = rng.integers(0, 2**16, (n, groups), dtype=np.uint16)
-    zeros = rng.integers(0, 2**bits, (n, groups), dtype=np.uint8) if asymmetric else None
-    data = np.empty(_native.packed_bytes(n, groups * group, group, bits, asymmetric), np.uint8)
-    _native.pack(codes, scales, zeros, bits, data)
-    back = [np.empty_like(a) if a is not None else None for a in (codes, scales, zeros)]
-    _native.Weight.of(data, n, groups * group, group, bits, asymmetric).unpack(*back)
-    for packed, unpacked in zip((codes, scales, zeros), back, strict=True):
-        assert packed is unpacked is None or np.array_equal(packed, unpacked)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unpacking_unquantised_weights(dtype):
-    values = torch.randn(67, 31).to(dtype)
-    data = np.empty(_native.packed_bytes(67, 31, 31, 8 * dtype.itemsize), np.uint8)
-    _native.pack_dense(values, data)
-    back = torch.empty_like(values)
-    _native.Weight.of(data, 67, 31, 31, 8 * dtype.itemsize).unpack_dense(back)
-    assert torch.equal(back, values)
-    # Input 2 of output 65: second panel, 64 outputs of each input, inputs filled up to 32.
-    panels = torch.from_numpy(data).view(dtype).view(2, 32, 64)
-    assert panels[1, 2, 1] == values[65, 2]
-    assert not panels[1, :, 3:].any()
-    assert not panels[:, 31].any()
-
-
 def test_the_best_kernel_is_chosen_and_can_be_overruled():
     case, x = quantised(64, 64, 32), rows(3, 64)
     assert np.array_equal(product("auto", case, x), product(HERE[0], case, x))
@@ -399,40 +384,11 @@ def test_the_best_kernel_is_chosen_and_can_be_overruled():
     assert "scalar" in HERE
 
 
-def pack_with(**changed):
-    arrays = {
-        "codes": np.zeros((2, 8), np.uint8),
-        "scales": np.zeros((2, 2), np.uint16),
-        "zeros": None,
-        "bits": 4,
-        "out": np.zeros(_native.packed_bytes(2, 8, 4), np.uint8),
-    }
-    return _native.pack(**(arrays | changed))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: _native.packed_bytes(0, 8, 8), "at least 1"),
-        (lambda: _native.packed_bytes(2**40, 8, 8), "at most"),
-        (lambda: _native.packed_bytes(8, 8, 3), "group must divide k"),
-        (lambda: _native.packed_bytes(8, 8, 8, 5), "bits must be"),
-        (lambda: _native.packed_bytes(8, 8, 4, 32), "group k"),
-        (lambda: _native.packed_bytes(8, 8, 8, 16, True), "zero points"),
-        (lambda: _native.Weight.of(np.zeros(10, np.uint8), 8, 8, 8), "packed data has 10 bytes"),
-        (lambda: pack_with(codes=np.full((2, 8), 16, np.uint8)), "end at 15"),
-        (lambda: pack_with(scales=np.zeros((2, 3), np.uint16)), "must divide k"),
-        (lambda: pack_with(scales=np.zeros((3, 2), np.uint16)), "a row per output"),
-        (lambda: pack_with(zeros=np.zeros((2, 1), np.uint8)), "shape of scales"),
-        (lambda: pack_with(out=np.zeros(9, np.uint8)), "wrong size"),
-        (lambda: pack_with(bits=16), "pack_dense"),
-        (lambda: _native.pack_dense(np.zeros((2, 8)), np.zeros(9, np.uint8)), "fp32 or bf16"),
-        (lambda: _native.pack_dense(np.zeros((2, 8), np.float32), np.zeros(9, np.uint8)), "wrong size"),
-        (lambda: product("avx1024", quantised(8, 8, 8), rows(1, 8)), "no kernel 'avx1024'"),
-        (lambda: product("auto", quantised(8, 8, 8), rows(1, 9)), "x must have k columns"),
-        (lambda: dense(8, 8, torch.float32).weight.unpack(*[np.zeros((8, 8), np.uint8)] * 2), "unpack_dense|incompatible"),
-    ],
-)
-def test_bad_input_is_refused(call, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        call()
+def test_what_cannot_be_multiplied_is_refused():
+    case = quantised(8, 8, 8)
+    with pytest.raises(ValueError, match="no kernel 'avx1024'"):
+        product("avx1024", case, rows(1, 8))
+    with pytest.raises(ValueError, match="x must have k columns"):
+        product("auto", case, rows(1, 9))
+    with pytest.raises(ValueError, match="y must be"):
+        _native.multiply(POOLS[1], case.weight, rows(2, 8), np.empty((1, 8), np.float32))

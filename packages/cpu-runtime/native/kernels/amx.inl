@@ -1,5 +1,5 @@
-// Tiles of AMX over the chunks of tiled.inl, whose strips are laid out as AMX wants its second factor: 16 outputs of 32 bits,
-// one row per step. A tile multiplies up to 12 rows by 16 outputs by 16 steps.
+// Tiles of AMX over the chunks of tiled.inl, whose strips are laid out as AMX wants its second factor: 16 outputs of 32
+// bits, one row per step. A tile multiplies up to 12 rows by 16 outputs by 16 steps.
 //
 // The first factor wants each row's steps side by side: a tile of rows is prepared as that many tiles of one row.
 //
@@ -20,7 +20,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Registers 0 to 3: sums of the four strips. 4 and 5: rows and weights of 16 steps; 6 and 7: of the steps that are left.
+// Registers 0 to 3: sums of the four strips. 4 and 5: rows and weights of 16 steps; 6 and 7: of the steps that are
+// left.
 inline void configure(int64_t rows, int64_t rest) {
   TileConfig config;
   for (int i = 0; i < 4; ++i) config.row_bytes[i] = 64, config.rows[i] = static_cast<uint8_t>(rows);
@@ -36,18 +37,21 @@ inline void configure(int64_t rows, int64_t rest) {
 }
 
 // The numbers of tile registers are part of the instructions, so these are macros.
-#define PARETO_TILE_STRIP(sum, a, b, at)                                         \
-  do {                                                                           \
-    _tile_loadd(b, at, 64);                                                      \
-    if constexpr (kInt8) _tile_dpbsud(sum, a, b); else _tile_dpbf16ps(sum, a, b); \
+#define PARETO_TILE_STRIP(sum, a, b, at) \
+  do {                                   \
+    _tile_loadd(b, at, 64);              \
+    if constexpr (kInt8)                 \
+      _tile_dpbsud(sum, a, b);           \
+    else                                 \
+      _tile_dpbf16ps(sum, a, b);         \
   } while (false)
-#define PARETO_TILE_STRIPS(a, b, rows, row_bytes, weights, strip_bytes)   \
-  do {                                                                    \
-    _tile_loadd(a, rows, static_cast<size_t>(row_bytes));                 \
-    PARETO_TILE_STRIP(0, a, b, weights);                                  \
-    PARETO_TILE_STRIP(1, a, b, weights + strip_bytes);                    \
-    PARETO_TILE_STRIP(2, a, b, weights + 2 * strip_bytes);                \
-    PARETO_TILE_STRIP(3, a, b, weights + 3 * strip_bytes);                \
+#define PARETO_TILE_STRIPS(a, b, rows, row_bytes, weights, strip_bytes) \
+  do {                                                                  \
+    _tile_loadd(a, rows, static_cast<size_t>(row_bytes));               \
+    PARETO_TILE_STRIP(0, a, b, weights);                                \
+    PARETO_TILE_STRIP(1, a, b, weights + strip_bytes);                  \
+    PARETO_TILE_STRIP(2, a, b, weights + 2 * strip_bytes);              \
+    PARETO_TILE_STRIP(3, a, b, weights + 3 * strip_bytes);              \
   } while (false)
 
 // Sums (rows, 64) += rows by `steps` steps of the four strips at `weights`.
@@ -72,8 +76,8 @@ inline void multiply_tiles(const uint8_t* rows, int64_t row_bytes, const uint8_t
 
 // As strip_tile of tiled.inl, of all four strips.
 template <class M, bool Z>
-void amx_tile(const Packed& w, const uint8_t* tile, int64_t rows, const Piece& piece, const Chunk<M>& chunk, float* sums,
-              int32_t* carried) {
+void amx_tile(const Packed& w, const uint8_t* tile, int64_t rows, const Piece& piece, const Chunk<M>& chunk,
+              float* sums, int32_t* carried) {
   alignas(64) int32_t local[kTileRows * kPanel];
   int32_t* dots = piece.begins && piece.ends ? local : carried;
   const int64_t bytes = row_bytes<M>(w), steps = piece.quads * M::kSteps, all = w.quads() * M::kSteps;
@@ -83,7 +87,7 @@ void amx_tile(const Packed& w, const uint8_t* tile, int64_t rows, const Piece& p
     if (piece.begins) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t column = 0; column < kPanel; column += M::kLanes) {
-          typename M::Zeros zeros;
+          typename M::Zeros zeros{};
           if constexpr (Z) std::memcpy(&zeros, chunk.zeros + 4 * (g * kPanel + column), sizeof(zeros));
           const Tile<M> row(w, tile + r * bytes, 1);
           M::save(dots + r * kPanel + column, M::template begin<Z>(row.start(group), zeros));

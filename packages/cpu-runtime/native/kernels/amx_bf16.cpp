@@ -1,5 +1,5 @@
-// bf16 compute on AMX_BF16. All rows go through tiles: AVX512_BF16 adds up in another order, and a row's result must not depend
-// on the rows beside it.
+// bf16 compute on AMX_BF16. All rows go through tiles: AVX512_BF16 adds up in another order, and a row's result must
+// not depend on the rows beside it.
 #include <immintrin.h>
 
 #include "amx.inl"
@@ -32,7 +32,7 @@ void multiply_on_tiles(const Packed& w, const uint8_t* prepared, int64_t m, int6
 }  // namespace
 
 extern const Kernel kAmxBf16;
-const Kernel kAmxBf16 = {"amx_bf16", "bf16",              Isa::amx_bf16,   supports<Maths>, row_bytes<Maths>,
-                         prepare,    scratch_bytes<Maths>, multiply_on_tiles};
+const Kernel kAmxBf16 = {"amx_bf16",       "bf16",  Isa::amx_bf16,        supports<Maths>,
+                         row_bytes<Maths>, prepare, scratch_bytes<Maths>, multiply_on_tiles};
 
 }  // namespace pareto

@@ -1,5 +1,5 @@
-// int8 compute on AMX_INT8. Tiles of up to four rows (the next token) go through vpdpbusd, which every processor with AMX
-// has: int8 sums are exact, so a row's result is the same by either.
+// int8 compute on AMX_INT8. Tiles of up to four rows (the next token) go through vpdpbusd, which every processor with
+// AMX has: int8 sums are exact, so a row's result is the same by either.
 #include <immintrin.h>
 
 #include "amx.inl"
@@ -16,15 +16,19 @@ struct Vnni16 : Lanes16 {
 using Maths = Int8<Vnni16>;
 
 void prepare(const Packed& w, const float* x, int64_t row, int64_t rows, uint8_t* tile) {
-  if (rows <= kFewRows) int8_prepare(w, x, row, rows, tile);
-  else int8_prepare(w, x, 0, 1, tile + row * int8_row_bytes(w));
+  if (rows <= kFewRows)
+    int8_prepare(w, x, row, rows, tile);
+  else
+    int8_prepare(w, x, 0, 1, tile + row * int8_row_bytes(w));
 }
 
 template <Store S, bool Z>
-void tile_rows(const Packed& w, const uint8_t* tile, int64_t rows, const Piece& piece, const Chunk<Maths>& chunk, float* sums,
-               int32_t* carried) {
-  if (rows <= kFewRows) vector_tile<Maths, S, Z>(w, tile, rows, piece, chunk, sums, carried);
-  else amx_tile<Maths, Z>(w, tile, rows, piece, chunk, sums, carried);
+void tile_rows(const Packed& w, const uint8_t* tile, int64_t rows, const Piece& piece, const Chunk<Maths>& chunk,
+               float* sums, int32_t* carried) {
+  if (rows <= kFewRows)
+    vector_tile<Maths, S, Z>(w, tile, rows, piece, chunk, sums, carried);
+  else
+    amx_tile<Maths, Z>(w, tile, rows, piece, chunk, sums, carried);
 }
 
 template <Store S, bool Z>
@@ -48,7 +52,7 @@ bool supports_here(const Packed& w) { return supports<Maths>(w) && available(Isa
 }  // namespace
 
 extern const Kernel kAmxInt8;
-const Kernel kAmxInt8 = {"amx_int8", "int8",              Isa::amx_int8,   supports_here, int8_row_bytes,
-                         prepare,    scratch_bytes<Maths>, multiply_on_tiles};
+const Kernel kAmxInt8 = {"amx_int8",     "int8",  Isa::amx_int8,        supports_here,
+                         int8_row_bytes, prepare, scratch_bytes<Maths>, multiply_on_tiles};
 
 }  // namespace pareto

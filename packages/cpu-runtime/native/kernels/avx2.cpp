@@ -10,7 +10,8 @@ using Maths = Fp32<Lanes8>;
 }  // namespace
 
 extern const Kernel kAvx2;
-const Kernel kAvx2 = {"avx2",           "fp32",          Isa::avx2,             supports<Maths>, row_bytes<Maths>,
-                    Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
+const Kernel kAvx2 = {
+    "avx2",         "fp32", Isa::avx2, supports<Maths>, row_bytes<Maths>, Maths::prepare, scratch_bytes<Maths>,
+    multiply<Maths>};
 
 }  // namespace pareto

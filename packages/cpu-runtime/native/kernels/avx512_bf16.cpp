@@ -15,7 +15,7 @@ using Maths = Half<Bf16>;
 }  // namespace
 
 extern const Kernel kAvx512Bf16;
-const Kernel kAvx512Bf16 = {"avx512_bf16",  "bf16",          Isa::avx512_bf16,     supports<Maths>, row_bytes<Maths>,
-                            Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
+const Kernel kAvx512Bf16 = {"avx512_bf16",    "bf16",         Isa::avx512_bf16,     supports<Maths>,
+                            row_bytes<Maths>, Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
 
 }  // namespace pareto

@@ -1,5 +1,5 @@
-// fp16 compute on AVX512_FP16: table 3.1, row "FP32 FP32 FP16". Each lane holds two fp16 sums, of the inputs with even and with
-// odd numbers, of 16 products each; then both go into fp32.
+// fp16 compute on AVX512_FP16: table 3.1, row "FP32 FP32 FP16". Each lane holds two fp16 sums, of the inputs with even
+// and with odd numbers, of 16 products each; then both go into fp32.
 #include "half.inl"
 
 namespace pareto {
@@ -37,7 +37,7 @@ using Maths = Half<Fp16>;
 }  // namespace
 
 extern const Kernel kAvx512Fp16;
-const Kernel kAvx512Fp16 = {"avx512_fp16",  "fp16",          Isa::avx512_fp16,     supports<Maths>, row_bytes<Maths>,
-                            Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
+const Kernel kAvx512Fp16 = {"avx512_fp16",    "fp16",         Isa::avx512_fp16,     supports<Maths>,
+                            row_bytes<Maths>, Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
 
 }  // namespace pareto

@@ -10,7 +10,7 @@ using Maths = Fp32<Lanes16>;
 }  // namespace
 
 extern const Kernel kAvx512f;
-const Kernel kAvx512f = {"avx512f",           "fp32",          Isa::avx512f,             supports<Maths>, row_bytes<Maths>,
-                    Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
+const Kernel kAvx512f = {"avx512f",        "fp32",         Isa::avx512f,         supports<Maths>,
+                         row_bytes<Maths>, Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
 
 }  // namespace pareto

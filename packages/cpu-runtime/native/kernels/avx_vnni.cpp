@@ -14,7 +14,7 @@ using Maths = Int8<Vnni8>;
 }  // namespace
 
 extern const Kernel kAvxVnni;
-const Kernel kAvxVnni = {"avx_vnni",     "int8",          Isa::avx_vnni,        supports<Maths>, row_bytes<Maths>,
-                         Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
+const Kernel kAvxVnni = {"avx_vnni",       "int8",         Isa::avx_vnni,        supports<Maths>,
+                         row_bytes<Maths>, Maths::prepare, scratch_bytes<Maths>, multiply<Maths>};
 
 }  // namespace pareto

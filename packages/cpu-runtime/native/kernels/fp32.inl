@@ -1,5 +1,6 @@
-// INT4 (and INT8) weights with fp32 compute, and unquantised weights: table 3.1, rows "FP32 FP32 FP32". Within a group the
-// codes less their zero point, which are small integers, are multiplied and added by fp32; the group's sum is then scaled.
+// INT4 (and INT8) weights with fp32 compute, and unquantised weights: table 3.1, rows "FP32 FP32 FP32". Within a group
+// the codes less their zero point, which are small integers, are multiplied and added by fp32; the group's sum is then
+// scaled.
 //
 // V is a set of vector operations of one instruction set: kLanes, kFewAccs, Floats, Ints and the functions used below.
 #pragma once
@@ -26,8 +27,10 @@ struct Fp32 : V {
   }
   template <Store S>
   static Sum scale(const Packed& w, const uint8_t* at) {
-    if constexpr (is_dense(S)) return V::set(1.0f);
-    else return V::mul(V::halves(at), V::set(w.multiplier));
+    if constexpr (is_dense(S))
+      return V::set(1.0f);
+    else
+      return V::mul(V::halves(at), V::set(w.multiplier));
   }
   template <Store S, bool Z>
   static void unpack(const uint8_t* quad, int unit, const Zeros (&zeros)[2], Word (&out)[2][4]) {
@@ -49,8 +52,10 @@ struct Fp32 : V {
       for (int i = 0; i < 2; ++i)
         for (int input = 0; input < 4; ++input) {
           const int64_t at = input * kPanel + V::kLanes * strip_of<Fp32>(unit, i);
-          if constexpr (S == Store::f32) out[i][input] = V::load_bytes(quad + 4 * at);
-          else out[i][input] = V::bfloats(quad + 2 * at);
+          if constexpr (S == Store::f32)
+            out[i][input] = V::load_bytes(quad + 4 * at);
+          else
+            out[i][input] = V::bfloats(quad + 2 * at);
         }
     }
     if constexpr (Z)

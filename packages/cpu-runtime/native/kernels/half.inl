@@ -1,5 +1,5 @@
-// INT4 (and INT8) weights with compute in a 16-bit float: codes less their zero point are exact in both bf16 and fp16, rows are
-// rounded to it, products of a group are added up, and the group's sum is scaled in fp32.
+// INT4 (and INT8) weights with compute in a 16-bit float: codes less their zero point are exact in both bf16 and fp16,
+// rows are rounded to it, products of a group are added up, and the group's sum is scaled in fp32.
 //
 // T is the type: bits_of(float) of rows, from_words(vector of int16), Acc with begin, step and fold, and kRunQuads.
 #pragma once

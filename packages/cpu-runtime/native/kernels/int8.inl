@@ -1,5 +1,5 @@
-// INT4 (and INT8) weights with int8 compute: unsigned codes by signed activations, four products per lane and step. The zero
-// point is taken off by starting each group's sum at -zero * sum(activations). The sums of a group are exact.
+// INT4 (and INT8) weights with int8 compute: unsigned codes by signed activations, four products per lane and step. The
+// zero point is taken off by starting each group's sum at -zero * sum(activations). The sums of a group are exact.
 //
 // V is a set of vector operations as in lanes8.inl, with dot(acc, unsigned bytes, signed bytes).
 #pragma once
@@ -41,8 +41,10 @@ struct Int8 : V {
   }
   template <bool Z>
   static Acc begin(int32_t start, const Zeros& zeros) {
-    if constexpr (Z) return V::mul_ints(V::set_ints(start), zeros);
-    else return V::set_ints(start);
+    if constexpr (Z)
+      return V::mul_ints(V::set_ints(start), zeros);
+    else
+      return V::set_ints(start);
   }
   static void step(Acc& acc, const Word& word, const int32_t* row) { acc = V::dot(acc, word, V::set_ints(*row)); }
   static void fold(Acc&) {}

@@ -64,7 +64,7 @@ using Scalar = Fp32<Lanes4>;
 }  // namespace
 
 extern const Kernel kScalar;
-const Kernel kScalar = {"scalar",        "fp32",          Isa::scalar,           supports<Scalar>, row_bytes<Scalar>,
-                        Scalar::prepare, scratch_bytes<Scalar>, multiply<Scalar>};
+const Kernel kScalar = {"scalar",          "fp32",          Isa::scalar,           supports<Scalar>,
+                        row_bytes<Scalar>, Scalar::prepare, scratch_bytes<Scalar>, multiply<Scalar>};
 
 }  // namespace pareto

@@ -1,5 +1,5 @@
-// What the kernels have in common: how they walk through panels, groups and rows. Included by each kernel file and so compiled
-// for its instruction set; everything is in an unnamed namespace, so that no two files share code.
+// What the kernels have in common: how they walk through panels, groups and rows. Included by each kernel file and so
+// compiled for its instruction set; everything is in an unnamed namespace, so that no two files share code.
 //
 // A kernel is a class M of static functions, over vectors of kLanes outputs. It multiplies by steps: in one step an
 // accumulator takes 32 bits of each of its outputs' weights and 32 bits of a row, which are 4 inputs in int8, 2 in bf16
@@ -16,9 +16,9 @@
 //   begin<Z>(start, zeros), step(acc, word, row), fold(acc), add(total, acc, scale, row scale)
 //   save(to, acc), restore(from)    32 bits per lane
 //
-// Few rows (the next token) are bound by memory: a panel is read once, front to back, unpacked in registers and used for all
-// rows at once. Many rows (the prompt): a chunk of a panel is unpacked once into the cache, strip by strip, and tiles of 12
-// rows by one strip run over it. Both add up in the same order.
+// Few rows (the next token) are bound by memory: a panel is read once, front to back, unpacked in registers and used
+// for all rows at once. Many rows (the prompt): a chunk of a panel is unpacked once into the cache, strip by strip, and
+// tiles of 12 rows by one strip run over it. Both add up in the same order.
 #pragma once
 
 #include <cstring>
@@ -88,13 +88,14 @@ constexpr int units_at_once(int wanted, int all) {
 
 // R rows through `P` units, from `unit` on, of one group.
 template <class M, Store S, bool Z, int R, int P>
-inline void few_rows_group(const Packed& w, const Tile<M>& rows, const uint8_t* header, int64_t g, int unit, float* sums) {
+inline void few_rows_group(const Packed& w, const Tile<M>& rows, const uint8_t* header, int64_t g, int unit,
+                           float* sums) {
   constexpr int64_t kQuadBytes = 32 * static_cast<int64_t>(S);
   constexpr int kSteps = M::kSteps;
   const int64_t quads = w.quads();
   const int32_t* words = rows.words + g * quads * kSteps * R;
   const uint8_t* quad = header + w.header_bytes();
-  typename M::Zeros zeros[P][2];
+  typename M::Zeros zeros[P][2] = {};
   typename M::Acc acc[R][P][2];
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < 2; ++i) {
@@ -165,8 +166,8 @@ inline void advance(const Piece& piece, int64_t* group, int64_t* quad) {
   *group += piece.ends ? piece.groups : 0;
 }
 
-// The scratch of a thread: 64 / kLanes strips of (steps, kLanes) words, scales and zero points per group, and of each row of
-// a pass its sums and, where a group is longer than a chunk, the accumulators between chunks.
+// The scratch of a thread: 64 / kLanes strips of (steps, kLanes) words, scales and zero points per group, and of each
+// row of a pass its sums and, where a group is longer than a chunk, the accumulators between chunks.
 template <class M>
 struct Chunk {
   uint8_t* strips;
@@ -203,7 +204,7 @@ void unpack_chunk(const Packed& w, const uint8_t* panel, const Piece& piece, con
   for (int64_t g = 0; g < piece.groups; ++g) {
     const uint8_t* header = panel + (piece.group + g) * w.group_bytes();
     for (int unit = 0; unit < 32 / M::kLanes; ++unit) {
-      typename M::Zeros zeros[2];
+      typename M::Zeros zeros[2] = {};
       uint8_t* out[2];
       for (int i = 0; i < 2; ++i) {
         const int strip = strip_of<M>(unit, i), column = M::kLanes * strip;
@@ -238,11 +239,13 @@ void strip_tile(const Packed& w, const Tile<M>& rows, const Piece& piece, const 
   for (int64_t g = 0; g < piece.groups; ++g) {
     const int64_t at = (piece.group + g) * R;
     typename M::Acc acc[R];
-    typename M::Zeros zeros;
+    typename M::Zeros zeros{};
     if constexpr (Z) std::memcpy(&zeros, chunk.zeros + 4 * (g * kPanel + column), sizeof(zeros));
     for (int r = 0; r < R; ++r) {
-      if (piece.begins) acc[r] = M::template begin<Z>(rows.start(at + r), zeros);
-      else acc[r] = M::restore(carried + r * kPanel + column);
+      if (piece.begins)
+        acc[r] = M::template begin<Z>(rows.start(at + r), zeros);
+      else
+        acc[r] = M::restore(carried + r * kPanel + column);
     }
     for (int64_t q = 0; q < piece.quads;) {
       const int64_t stop = smaller(piece.quads, q + M::kRunQuads);
@@ -260,8 +263,10 @@ void strip_tile(const Packed& w, const Tile<M>& rows, const Piece& piece, const 
     }
     const typename M::Sum scale = M::load(chunk.scales + g * kPanel + column);
     for (int r = 0; r < R; ++r) {
-      if (piece.ends) total[r] = M::add(total[r], acc[r], scale, rows.scale(at + r));
-      else M::save(carried + r * kPanel + column, acc[r]);
+      if (piece.ends)
+        total[r] = M::add(total[r], acc[r], scale, rows.scale(at + r));
+      else
+        M::save(carried + r * kPanel + column, acc[r]);
     }
   }
   for (int r = 0; r < R; ++r) M::store(sums + r * kPanel + column, total[r]);
@@ -272,7 +277,8 @@ struct Tables {
   using Few = void (*)(const Packed&, const uint8_t*, const uint8_t*, float*);
   using Strip = void (*)(const Packed&, const Tile<M>&, const Piece&, const Chunk<M>&, int, float*, int32_t*);
   static constexpr bool kZ = Z && M::kStarts;
-  static constexpr Few kFew[] = {few_rows<M, S, Z, 1>, few_rows<M, S, Z, 2>, few_rows<M, S, Z, 3>, few_rows<M, S, Z, 4>};
+  static constexpr Few kFew[] = {few_rows<M, S, Z, 1>, few_rows<M, S, Z, 2>, few_rows<M, S, Z, 3>,
+                                 few_rows<M, S, Z, 4>};
   static constexpr Strip kStrip[] = {strip_tile<M, kZ, 1>,  strip_tile<M, kZ, 2>,  strip_tile<M, kZ, 3>,
                                      strip_tile<M, kZ, 4>,  strip_tile<M, kZ, 5>,  strip_tile<M, kZ, 6>,
                                      strip_tile<M, kZ, 7>,  strip_tile<M, kZ, 8>,  strip_tile<M, kZ, 9>,
@@ -329,8 +335,10 @@ void multiply(const Packed& w, const uint8_t* prepared, int64_t m, int64_t first
               uint8_t* scratch) {
   if (m == 0 || first >= last) return;
   const auto as = [&](auto run) { run(w, prepared, m, first, last, e, scratch); };
-  if (w.store == Store::u4) return w.asymmetric ? as(multiply_as<M, Store::u4, true>) : as(multiply_as<M, Store::u4, false>);
-  if (w.store == Store::u8) return w.asymmetric ? as(multiply_as<M, Store::u8, true>) : as(multiply_as<M, Store::u8, false>);
+  if (w.store == Store::u4)
+    return w.asymmetric ? as(multiply_as<M, Store::u4, true>) : as(multiply_as<M, Store::u4, false>);
+  if (w.store == Store::u8)
+    return w.asymmetric ? as(multiply_as<M, Store::u8, true>) : as(multiply_as<M, Store::u8, false>);
   if constexpr (M::kDense)
     return w.store == Store::f32 ? as(multiply_as<M, Store::f32, false>) : as(multiply_as<M, Store::bf16, false>);
 }
