@@ -156,11 +156,12 @@ inline void soften(float* scores, Range range, const float* key_scales, const fl
   Lanes largest = every(-__builtin_inff());
   for (int64_t i = from; i < to; i += kLanes) largest = larger(load(scores + i), largest);
   const float top = folded(largest, [](float a, float b) { return a > b ? a : b; });
-  for (int64_t i = from; i < to; ++i) scores[i] = exp_of(scores[i] - top);
-  for (int64_t i = from; i < range.low; ++i) scores[i] = 0.0f;
-  for (int64_t i = range.high; i < to; ++i) scores[i] = 0.0f;
   Lanes sum = zeros();
-  for (int64_t i = from; i < to; i += kLanes) sum = sum + load(scores + i);
+  for (int64_t i = from; i < to; i += kLanes) {
+    const Lanes weights = exp_up_to_one(load(scores + i) - every(top));
+    store(scores + i, weights);
+    sum = sum + weights;
+  }
   state[0] = top;
   state[1] = folded(sum, [](float a, float b) { return a + b; });
   if (value_scales)
@@ -198,7 +199,8 @@ void join(int64_t head_dim, float* state, const float* later) {
     return;
   }
   const float top = state[0] > later[0] ? state[0] : later[0];
-  const float before = exp_of(state[0] - top), after = exp_of(later[0] - top);
+  const float before = state[0] == top ? 1.0f : exp_of(state[0] - top);
+  const float after = later[0] == top ? 1.0f : exp_of(later[0] - top);
   state[0] = top;
   state[1] = madd(later[1], after, state[1] * before);
   const Lanes a = every(before), b = every(after);
