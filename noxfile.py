@@ -53,6 +53,29 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("build", ["address", "undefined", "emulated"], ids=["address", "undefined", "emulated"])
+def kernels(session: nox.Session, build: str) -> None:
+    """Test the native kernels under a sanitizer, or with the instructions emulated that this processor lacks."""
+    environment = require_build_tools(session) | OFFLINE
+    install(session, ["--package", "pareto-cpu-runtime", "--group", "test"])
+    option = "PARETO_EMULATE=ON" if build == "emulated" else f"PARETO_SANITIZE={build}"
+    sources = [str(ROOT / "packages" / name) for name in (CORE, "cpu-runtime")]
+    folder = str(Path(session.create_tmp()) / "build")
+    settings = ["-C", f"cmake.define.{option}", "-C", f"build-dir={folder}", "-C", "install.strip=false"]
+    uv_pip(session, "install", "--no-deps", "--reinstall-package", "pareto-cpu-runtime", *settings, *sources)
+    if build == "address":
+        # The sanitizer must be loaded before Python is, and with it the library that throws C++'s exceptions.
+        compiler = environment.get("CXX", os.environ.get("CXX", "c++"))
+        names = ["-print-file-name=libasan.so", "-print-file-name=libstdc++.so.6"]
+        found = [str(session.run(compiler, name, silent=True, external=True)).strip() for name in names]
+        environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+    elif build == "undefined":
+        environment |= {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
+    tests = [f"packages/cpu-runtime/tests/test_{name}.py" for name in ("kernels", "packing")]
+    session.run("python", "-m", "pytest", *tests, *session.posargs, env=environment)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting, and that uv.lock is up to date and names neither an index nor a machine."""
     install(session, ["--only-group", "lint"])
@@ -168,6 +191,9 @@ def install(session: nox.Session, *exports: list[str], members: list[str] | None
 def fingerprint(exports: tuple[list[str], ...], members: list[str]) -> str:
     """Hash what an environment is made from: the lock, every pyproject.toml, and what of them it takes."""
     files = [ROOT / "uv.lock", ROOT / "pyproject.toml", *(ROOT / member / "pyproject.toml" for member in MEMBERS)]
+    # What is compiled when a member is installed.
+    for member in members:
+        files += sorted([*(ROOT / member).glob("CMakeLists.txt"), *(ROOT / member).glob("native/**/*.*")])
     digest = hashlib.sha256(repr((str(ROOT), exports, members)).encode())
     for path in files:
         digest.update(path.read_bytes() if path.is_file() else b"")

@@ -1,0 +1,54 @@
+"""Runs a packed model here and answers the requests that llama_worker.py answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from pareto_cpu_runtime.runtime import Runtime
+
+
+class Stopwatch:
+    """A streamer that notes when each token was known; the prompt, which comes first, is not one."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt = True
+
+    def put(self, _tokens: Any) -> None:
+        """Called with the prompt and then with each token."""
+        if not self._prompt:
+            self.times.append(time.perf_counter())
+        self._prompt = False
+
+    def end(self) -> None:
+        """Called when generation ends."""
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    import torch
+
+    path, threads, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    runtime = Runtime.from_pretrained(path, threads=threads, max_length=length)
+    print(json.dumps({"ready": str(runtime.kernels())}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        prompt = torch.tensor([request["prompt"]])
+        if "logits" in request:
+            np.save(request["logits"], runtime(input_ids=prompt).logits[0, -1].float().numpy())
+            answer: dict[str, Any] = {"saved": request["logits"]}
+        else:
+            watch, new = Stopwatch(), request["new"]
+            start = time.perf_counter()
+            runtime.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=watch)
+            answer = {"times": [start, *watch.times]}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The tables of the comparison, in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from pareto_cpu_runtime.peers.compare import Table, Timed
+from pareto_cpu_runtime.peers.geometry import Geometry
+
+
+def markdown(geometry: Geometry, tables: Sequence[Table]) -> str:
+    """Every table, one after the other."""
+    lines = [
+        f"# {geometry.name} with random weights, {geometry.layers} layers",
+        "",
+        "Medians over turns in milliseconds; a ratio is the other runtime's median over ours, with its 95 % bootstrap "
+        "interval.",
+        "",
+    ]
+    for table in tables:
+        lines += [*one(table), ""]
+    return "\n".join(lines)
+
+
+def one(table: Table) -> list[str]:
+    """One table: a row per case and runtime."""
+    read, multiply = statistics.median(table.read_gb_per_s), _median(table.int8_gops)
+    limits = f"read {read:.1f} GB/s" + (f", int8 {multiply:.0f} GOPS" if multiply else "")
+    agreed = ", ".join(f"{name} {value:.4f}" for name, value in table.agreement.items())
+    lines = [
+        f"## {table.title}, {table.threads} thread{'s' * (table.threads > 1)}",
+        "",
+        f"Limits in the same run: {limits}. Correlation of the answers, checked first: {agreed}.",
+        "",
+        "| case | runtime | ms | times as fast, ours | share of the limit |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for case in table.cases:
+        for name, seconds in case.seconds.items():
+            ours = [other for other in case.seconds if other.startswith("ours")]
+            ratios = "; ".join(f"{other.removeprefix('ours, ')}: {case.ratio(name, other)}" for other in ours)
+            ratio = "" if name.startswith("ours") else ratios
+            lines.append(
+                f"| {case.case} | {name} | {1e3 * statistics.median(seconds):.2f} | {ratio} | "
+                f"{share(case, name, read, multiply)} |"
+            )
+    return lines
+
+
+def share(case: Timed, name: str, read: float, multiply: float) -> str:
+    """Of the bandwidth where weights are read once per row, of int8 arithmetic where many rows share them."""
+    seconds = statistics.median(case.seconds[name])
+    if case.case in ("next token", "1 rows"):
+        size = case.gigabytes.get(name)
+        return f"{size / seconds / read:.0%} of reading" if size else ""
+    return f"{case.giga_operations / seconds / multiply:.0%} of int8" if multiply and case.giga_operations else ""
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else 0.0
