@@ -1,9 +1,9 @@
 // Attention over the cache: what is done to rows, and the parts of it that are compiled per instruction set (ops.h).
 //
-// The positions that a row may see are cut into chunks of 128, counted from position 0. Each chunk gives a row a partial
-// result: the largest score, the sum of exp(score - largest), and the values weighted by those. Partials are joined in
-// ascending order. That a chunk's work is the same whether its row came alone or in a prompt, and whoever does it, makes a
-// row's result bitwise the same however rows and threads are arranged.
+// The positions that a row may see are cut into chunks of 128, counted from position 0. Each chunk gives a row a
+// partial result: the largest score, the sum of exp(score - largest), and the values weighted by those. Partials are
+// joined in ascending order. That a chunk's work is the same whether its row came alone or in a prompt, and whoever
+// does it, makes a row's result bitwise the same however rows and threads are arranged.
 #pragma once
 
 #include <memory>

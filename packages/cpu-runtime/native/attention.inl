@@ -1,11 +1,10 @@
-// Included by ops.inl: rotation, the cache's formats, and attention of a block of queries over chunks of the cache.
+// Included by ops.inl: attention of a block of queries over chunks of the cache.
 //
-// Scores and weighted values are both products of a few rows with a panel of 16-wide tiles. Every result is one chain of
-// multiply-adds in ascending order, so that it depends neither on the rows nor on the tiles computed beside it.
+// Scores and weighted values are both products of a few rows with a panel of 16-wide tiles. Every result is one chain
+// of multiply-adds in ascending order, so that it depends neither on the rows nor on the tiles computed beside it.
 #pragma once
 
-#include <cmath>
-
+#include "append.inl"
 #include "attention.h"
 #include "epilogue.inl"
 #include "lanes.inl"
@@ -16,66 +15,6 @@ namespace {
 constexpr int kRows = 6;
 // Above this many queries a chunk is turned into fp32 once instead of in each product.
 constexpr int64_t kConvertAbove = 12;
-
-inline void turn(float& a, float& b, float cosine, float sine) {
-  const float x = a, y = b;
-  a = madd(-y, sine, x * cosine);
-  b = madd(x, sine, y * cosine);
-}
-
-void rotate(const Rotary& rotary, int64_t position, float* x) {
-  const int64_t half = rotary.dim / 2;
-  const float* __restrict cosine = rotary.cos_sin + position * rotary.dim;
-  const float* __restrict sine = cosine + half;
-  float *__restrict first = x, *__restrict second = x + half;
-  if (rotary.interleaved) {
-    for (int64_t i = 0; i < half; ++i) turn(x[2 * i], x[2 * i + 1], cosine[i], sine[i]);
-  } else {
-    for (int64_t i = 0; i < half; ++i) turn(first[i], second[i], cosine[i], sine[i]);
-  }
-}
-
-// To nearest even; a NaN stays one.
-inline uint16_t bf16_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// 127 levels to each side; the scale of a vector with infinity or NaN is NaN.
-inline float int8_codes(const float* x, int64_t count, int8_t* codes, int64_t stride) {
-  float largest = 0.0f;
-  bool finite = true;
-  for (int64_t i = 0; i < count; ++i) {
-    const float size = std::fabs(x[i]);
-    finite = finite && size <= 3.4028234663852886e38f;
-    largest = size > largest ? size : largest;
-  }
-  // Below this 127 / largest would overflow: such values are stored as zero.
-  const float inverse = finite && largest > 1e-36f ? 127.0f / largest : 0.0f;
-  for (int64_t i = 0; i < count; ++i)
-    codes[i * stride] = inverse == 0.0f ? int8_t{0} : static_cast<int8_t>(std::nearbyint(x[i] * inverse));
-  return finite ? largest / 127.0f : __builtin_nanf("");
-}
-
-void append(CacheType type, const Plane& plane, int64_t head_dim, int64_t position, const float* key,
-            const float* value) {
-  const int64_t k = position / kKeyTile * kKeyTile * head_dim + position % kKeyTile;
-  const int64_t v = position * value_width(head_dim);
-  if (type == CacheType::fp32) {
-    float* keys = reinterpret_cast<float*>(plane.keys) + k;
-    for (int64_t i = 0; i < head_dim; ++i) keys[i * kKeyTile] = key[i];
-    std::memcpy(reinterpret_cast<float*>(plane.values) + v, value, static_cast<size_t>(head_dim) * 4);
-  } else if (type == CacheType::bf16) {
-    uint16_t *keys = reinterpret_cast<uint16_t*>(plane.keys) + k, *values = reinterpret_cast<uint16_t*>(plane.values) + v;
-    for (int64_t i = 0; i < head_dim; ++i) keys[i * kKeyTile] = bf16_of(key[i]);
-    for (int64_t i = 0; i < head_dim; ++i) values[i] = bf16_of(value[i]);
-  } else {
-    plane.key_scales[position] = int8_codes(key, head_dim, reinterpret_cast<int8_t*>(plane.keys) + k, kKeyTile);
-    plane.value_scales[position] = int8_codes(value, head_dim, reinterpret_cast<int8_t*>(plane.values) + v, 1);
-  }
-}
 
 // sums (R, T tiles of 16) += a (count, R) times b (count, T tiles). a[k, r] lies at k * A_K + r * A_R, b's tiles b_tile
 // apart, its rows b_row apart; a row of sums is C_ROW long.
@@ -107,8 +46,8 @@ inline void product(const float* a, const Element* b, int64_t b_row, int64_t b_t
 }
 
 template <int R, int A_K, int A_R, typename Element>
-inline void product_of_tiles(const float* a, const Element* b, int64_t b_row, int64_t b_tile, int64_t count, int64_t tiles,
-                             float* sums, int64_t sums_row) {
+inline void product_of_tiles(const float* a, const Element* b, int64_t b_row, int64_t b_tile, int64_t count,
+                             int64_t tiles, float* sums, int64_t sums_row) {
   int64_t t = 0;
   if constexpr (kMaxTiles >= 4) {
     for (; t + 4 <= tiles; t += 4)
@@ -116,8 +55,7 @@ inline void product_of_tiles(const float* a, const Element* b, int64_t b_row, in
     for (; t + 2 <= tiles; t += 2)
       product<R, 2, A_K, A_R>(a, b + t * b_tile, b_row, b_tile, count, sums + t * kLanes, sums_row);
   }
-  for (; t < tiles; ++t)
-    product<R, 1, A_K, A_R>(a, b + t * b_tile, b_row, b_tile, count, sums + t * kLanes, sums_row);
+  for (; t < tiles; ++t) product<R, 1, A_K, A_R>(a, b + t * b_tile, b_row, b_tile, count, sums + t * kLanes, sums_row);
 }
 
 // The chunk as the products read it, and the piece of it that a row sees: [low, high) of its 128 positions.
@@ -142,8 +80,8 @@ inline Range seen(const Queries& queries, int64_t row, int64_t begin) {
   return low < high ? Range{low, high} : Range{0, 0};
 }
 
-// Scores to exp(score - largest) within `range`; sets the state's largest and sum. Positions of the range's outer tiles that
-// the row does not see hold anything before and nothing of use after.
+// Scores to exp(score - largest) within `range`; sets the state's largest and sum. Positions of the range's outer tiles
+// that the row does not see hold anything before and nothing of use after.
 inline void soften(float* scores, Range range, const float* key_scales, const float* value_scales, float slope,
                    int64_t distance, float* state) {
   const int64_t from = range.low / kLanes * kLanes, to = (range.high + kLanes - 1) / kLanes * kLanes;
@@ -156,19 +94,20 @@ inline void soften(float* scores, Range range, const float* key_scales, const fl
   Lanes largest = every(-__builtin_inff());
   for (int64_t i = from; i < to; i += kLanes) largest = larger(load(scores + i), largest);
   const float top = folded(largest, [](float a, float b) { return a > b ? a : b; });
-  for (int64_t i = from; i < to; ++i) scores[i] = exp_of(scores[i] - top);
-  for (int64_t i = from; i < range.low; ++i) scores[i] = 0.0f;
-  for (int64_t i = range.high; i < to; ++i) scores[i] = 0.0f;
   Lanes sum = zeros();
-  for (int64_t i = from; i < to; i += kLanes) sum = sum + load(scores + i);
+  for (int64_t i = from; i < to; i += kLanes) {
+    const Lanes weights = exp_up_to_one(load(scores + i) - every(top));
+    store(scores + i, weights);
+    sum = sum + weights;
+  }
   state[0] = top;
   state[1] = folded(sum, [](float a, float b) { return a + b; });
   if (value_scales)
     for (int64_t i = from; i < to; ++i) scores[i] *= value_scales[i];
 }
 
-// Weighted values of R rows. What all rows see is done together; what only some see is done row by row before and after,
-// so that no row meets a value that is not its own to see.
+// Weighted values of R rows. What all rows see is done together; what only some see is done row by row before and
+// after, so that no row meets a value that is not its own to see.
 template <int R, typename Element>
 inline void weigh(const float* weights, const Element* values, int64_t width, const Range* ranges, float* sums,
                   int64_t sums_row) {
@@ -198,7 +137,8 @@ void join(int64_t head_dim, float* state, const float* later) {
     return;
   }
   const float top = state[0] > later[0] ? state[0] : later[0];
-  const float before = exp_of(state[0] - top), after = exp_of(later[0] - top);
+  const float before = state[0] == top ? 1.0f : exp_of(state[0] - top);
+  const float after = later[0] == top ? 1.0f : exp_of(later[0] - top);
   state[0] = top;
   state[1] = madd(later[1], after, state[1] * before);
   const Lanes a = every(before), b = every(after);
@@ -218,8 +158,8 @@ struct TileSpace {
 
 // Queries [first, first + R) of the block over one chunk; q (head_dim, R) is scaled.
 template <int R, typename Element>
-void attend_tile(const Queries& queries, const float* q, int64_t first, const Chunk<Element>& chunk, const TileSpace& space,
-                 float* states) {
+void attend_tile(const Queries& queries, const float* q, int64_t first, const Chunk<Element>& chunk,
+                 const TileSpace& space, float* states) {
   const int64_t dim = queries.head_dim, width = value_width(dim), floats = state_floats(dim);
   Range ranges[R];
   int64_t low = kChunk, high = 0;
@@ -234,7 +174,8 @@ void attend_tile(const Queries& queries, const float* q, int64_t first, const Ch
   const int64_t tiles = (high - low + kKeyTile - 1) / kKeyTile;
   std::memset(space.scores, 0, sizeof(float) * R * kChunk);
   std::memset(space.partials, 0, sizeof(float) * static_cast<size_t>(R * floats));
-  product_of_tiles<R, R, 1>(q, chunk.keys + low * dim, kKeyTile, kKeyTile * dim, dim, tiles, space.scores + low, kChunk);
+  product_of_tiles<R, R, 1>(q, chunk.keys + low * dim, kKeyTile, kKeyTile * dim, dim, tiles, space.scores + low,
+                            kChunk);
   for (int r = 0; r < R; ++r) {
     if (ranges[r].high == 0) continue;
     const int64_t row = (first + r) / queries.group, head = (first + r) % queries.group;
@@ -256,11 +197,21 @@ void attend_chunk(const Queries& queries, const float* q, const Chunk<Element>& 
     const int rows = tile_rows(queries.count() - first);
     const float* tile = q + first * queries.head_dim;
     switch (rows) {
-      case 6: attend_tile<6>(queries, tile, first, chunk, space, states); break;
-      case 4: attend_tile<4>(queries, tile, first, chunk, space, states); break;
-      case 3: attend_tile<3>(queries, tile, first, chunk, space, states); break;
-      case 2: attend_tile<2>(queries, tile, first, chunk, space, states); break;
-      default: attend_tile<1>(queries, tile, first, chunk, space, states); break;
+      case 6:
+        attend_tile<6>(queries, tile, first, chunk, space, states);
+        break;
+      case 4:
+        attend_tile<4>(queries, tile, first, chunk, space, states);
+        break;
+      case 3:
+        attend_tile<3>(queries, tile, first, chunk, space, states);
+        break;
+      case 2:
+        attend_tile<2>(queries, tile, first, chunk, space, states);
+        break;
+      default:
+        attend_tile<1>(queries, tile, first, chunk, space, states);
+        break;
     }
     first += rows;
   }
@@ -315,9 +266,12 @@ void attend_as(const Plane& plane, const Queries& queries, int64_t first, int64_
 void attend(CacheType type, const Plane& plane, const Queries& queries, int64_t first, int64_t last, float* states,
             float* scratch) {
   switch (type) {
-    case CacheType::fp32: return attend_as<float>(plane, queries, first, last, states, scratch);
-    case CacheType::bf16: return attend_as<uint16_t>(plane, queries, first, last, states, scratch);
-    case CacheType::int8: return attend_as<int8_t>(plane, queries, first, last, states, scratch);
+    case CacheType::fp32:
+      return attend_as<float>(plane, queries, first, last, states, scratch);
+    case CacheType::bf16:
+      return attend_as<uint16_t>(plane, queries, first, last, states, scratch);
+    case CacheType::int8:
+      return attend_as<int8_t>(plane, queries, first, last, states, scratch);
   }
 }
 

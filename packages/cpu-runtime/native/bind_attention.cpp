@@ -55,10 +55,11 @@ Rotary rotary_of(Decoder& decoder, const std::optional<Table>& table, bool inter
   Rotary rotary;
   if (!table) return rotary;
   const int64_t rows = static_cast<int64_t>(table->shape(0)), width = static_cast<int64_t>(table->shape(1));
-  require(rows >= cache.length(), "rotary must have a row for each of the cache's " + text(cache.length()) +
-                                      " positions, not " + text(rows));
-  require(width > 0 && width % 2 == 0 && width <= cache.head_dim(),
-          "rotary must have an even number of columns up to head_dim " + text(cache.head_dim()) + ", not " + text(width));
+  require(rows >= cache.length(),
+          "rotary must have a row for each of the cache's " + text(cache.length()) + " positions, not " + text(rows));
+  require(
+      width > 0 && width % 2 == 0 && width <= cache.head_dim(),
+      "rotary must have an even number of columns up to head_dim " + text(cache.head_dim()) + ", not " + text(width));
   decoder.kept.push_back(nb::cast(*table));
   rotary.cos_sin = table->data();
   rotary.dim = width;
@@ -124,8 +125,8 @@ Number value_of(const PerRow<Number>& values, size_t row) {
 template <typename Number>
 void check_rows(const PerRow<Number>& values, size_t rows, const char* what) {
   if (const auto* array = std::get_if<1>(&values))
-    require(array->size() == rows, std::string(what) + " must be one number, or one for each of the " +
-                                       std::to_string(rows) + " rows");
+    require(array->size() == rows,
+            std::string(what) + " must be one number, or one for each of the " + std::to_string(rows) + " rows");
 }
 
 void check_sampling(const Sampling& how, float random, size_t row) {
@@ -182,16 +183,16 @@ void bind_attention(nb::module_& module, nb::class_<Decoder>& program) {
       .def_prop_ro("length", &Cache::length);
   program.def("attention", &add_attention, "cache"_a, "layer"_a, "x"_a, "y"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
               "scale"_a, "rotary"_a = nb::none(), "interleaved"_a = false, "slopes"_a = nb::none(), "window"_a = 0,
-              "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "norm_epsilon"_a = 1e-6f,
-              "isa"_a = "auto",
-              "Attend each row of x = [queries | keys | values] over its slot's cache, and write the context to y. Rotates "
-              "and appends the row first, at its position.");
+              "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "norm_epsilon"_a = 1e-6f, "isa"_a = "auto",
+              "Attend each row of x = [queries | keys | values] over its slot's cache, and write the context to y. "
+              "Rotates and appends the row first, at its position.");
   program.def("read", &read_buffer, "buffer"_a, "out"_a, "Copy the first rows of a buffer that the last step wrote.");
-  module.def("sample", &sample_rows, "logits"_a, "temperature"_a = 0.0f, "top_k"_a = 0, "top_p"_a = 1.0f,
-             "random"_a = nb::none(),
-             "The next token of each row of logits (rows, vocabulary) as int32: the largest where temperature is 0, else "
-             "drawn by a uniform number in [0, 1) from what temperature, top_k and top_p leave. Each is one number or one "
-             "per row.");
+  module.def(
+      "sample", &sample_rows, "logits"_a, "temperature"_a = 0.0f, "top_k"_a = 0, "top_p"_a = 1.0f,
+      "random"_a = nb::none(),
+      "The next token of each row of logits (rows, vocabulary) as int32: the largest where temperature is 0, else "
+      "drawn by a uniform number in [0, 1) from what temperature, top_k and top_p leave. Each is one number or "
+      "one per row.");
 }
 
 }  // namespace pareto

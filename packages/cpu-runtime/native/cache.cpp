@@ -7,7 +7,9 @@ namespace {
 
 constexpr int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-constexpr int64_t element_bytes(CacheType type) { return type == CacheType::fp32 ? 4 : type == CacheType::bf16 ? 2 : 1; }
+constexpr int64_t element_bytes(CacheType type) {
+  return type == CacheType::fp32 ? 4 : type == CacheType::bf16 ? 2 : 1;
+}
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// What lies between the matrix multiplications, as functions of plain arrays. The text is in ops.inl and attention.inl and
-// is compiled three times: for any x86-64, for AVX2 and for AVX-512.
+// What lies between the matrix multiplications, as functions of plain arrays. The text is in ops.inl and attention.inl
+// and is compiled three times: for any x86-64, for AVX2 and for AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Ops {
   // Store a key and a value (head_dim floats each) at a position of a plane.
   void (*append)(CacheType type, const Plane& plane, int64_t head_dim, int64_t position, const float* key,
                  const float* value);
-  // The partial results (count, state_floats) of the queries over chunks [first, last); `scratch` is attend_floats long.
+  // The partial results (count, state_floats) of the queries over chunks [first, last); `scratch` has attend_floats.
   void (*attend)(CacheType type, const Plane& plane, const Queries& queries, int64_t first, int64_t last, float* states,
                  float* scratch);
   // Join the partial result `later` to `state`.

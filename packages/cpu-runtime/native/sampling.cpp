@@ -51,8 +51,8 @@ double keep_top_p(std::vector<int32_t>& order, double top_p, double total, Above
   size_t done = 0;
   for (size_t size = kFirstCandidates;; size *= 8) {
     const size_t end = std::min(size, order.size());
-    std::partial_sort(order.begin() + static_cast<std::ptrdiff_t>(done), order.begin() + static_cast<std::ptrdiff_t>(end),
-                      order.end(), above);
+    std::partial_sort(order.begin() + static_cast<std::ptrdiff_t>(done),
+                      order.begin() + static_cast<std::ptrdiff_t>(end), order.end(), above);
     for (; done < end; ++done) {
       sum += weight(order[done]);
       if (sum >= top_p * total) {
@@ -81,7 +81,8 @@ Sampled sample(const float* logits, int64_t vocabulary, const Sampling& how, flo
   if (how.top_k > 0 && how.top_k < vocabulary) {
     std::nth_element(order.begin(), order.begin() + how.top_k - 1, order.end(), above);
     const float kth = logits[order[static_cast<size_t>(how.top_k) - 1]];
-    const auto end = std::partition(order.begin() + how.top_k, order.end(), [&](int32_t i) { return logits[i] == kth; });
+    const auto end =
+        std::partition(order.begin() + how.top_k, order.end(), [&](int32_t i) { return logits[i] == kth; });
     order.erase(end, order.end());
     std::sort(order.begin(), order.end(), above);
   }
