@@ -88,12 +88,12 @@ def test_zero_weights_stay_zero() -> None:
 
 
 def test_factor() -> None:
-    x = correlated(48).double()
-    h = x.t() @ x
-    factor = inverse_factor(h, 0.01).double()
+    x = correlated(48)
+    h = (x.t() @ x).double()
+    factor = inverse_factor(h.float(), 0.01).double()
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(48)
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-3, atol=1e-7)
 
 
 def test_damping_grows_where_it_must() -> None:
