@@ -11,13 +11,12 @@ from pareto_cpu_runtime.quantise.rtn import round_to_nearest
 
 def correlated(k: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(4 * k, k // 4, generator=generator) @ torch.randn(k // 4, k, generator=generator) + 0.3 * torch.randn(
-        4 * k, k, generator=generator
-    )
+    common = torch.randn(4 * k, k // 4, generator=generator) @ torch.randn(k // 4, k, generator=generator)
+    return common + 0.3 * torch.randn(4 * k, k, generator=generator)
 
 
 def obq_reference(weight: torch.Tensor, hessian: torch.Tensor, group: int, damping: float) -> torch.Tensor:
-    """Optimal Brain Quantization in column order, in float64: the inverse is updated by elimination, not by Cholesky."""
+    """Optimal Brain Quantization in column order, float64; the inverse is updated by elimination, not by Cholesky."""
     w = weight.double().clone()
     h = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     inverse = torch.linalg.inv(h)
@@ -102,7 +101,9 @@ def test_damping_grows_where_it_must() -> None:
     assert bool(factor.isfinite().all())
 
 
-@pytest.mark.parametrize(("k", "group", "width"), [(128, 32, 128), (96, 32, 40), (128, 64, 48), (100, 100, 30), (96, 32, 64)])
+@pytest.mark.parametrize(
+    ("k", "group", "width"), [(128, 32, 128), (96, 32, 40), (128, 64, 48), (100, 100, 30), (96, 32, 64)]
+)
 def test_lazy_blocks_never_straddle_a_group(k: int, group: int, width: int) -> None:
     blocks = list(lazy_blocks(k, group, width))
     assert [column for block in blocks for column in range(*block)] == list(range(k))

@@ -31,7 +31,10 @@ def gptq_parts(matrix: QuantisedLinear, version: int) -> dict[str, torch.Tensor]
         for i in range(k // per)
     ]
     qzeros = [
-        [_signed(sum((int(zeros[i * per + j, g]) % 2**bits) << (bits * j) for j in range(per))) for i in range(n // per)]
+        [
+            _signed(sum((int(zeros[i * per + j, g]) % 2**bits) << (bits * j) for j in range(per)))
+            for i in range(n // per)
+        ]
         for g in range(groups)
     ]
     return {
@@ -62,7 +65,11 @@ def written(
     """Write the model as others do; returns the weights that it stands for, computed from its scales as written."""
     config = QuantisationConfig(group_size=32, bits=bits, symmetric=symmetric, leave_out=("lm_head",))
     quantised = quantise(model, config=config)
-    tensors = {n: t.clone() for n, t in quantised.tensors.items() if n != "lm_head.weight" or not model.config.tie_word_embeddings}
+    tensors = {
+        n: t.clone()
+        for n, t in quantised.tensors.items()
+        if n != "lm_head.weight" or not model.config.tie_word_embeddings
+    }
     weights = {}
     for name, matrix in quantised.matrices.items():
         parts = gptq_parts(matrix, version) if method == "gptq" else awq_parts(matrix)
@@ -85,7 +92,13 @@ def written(
     [("gptq", 1, 4, False), ("gptq", 1, 4, True), ("gptq", 2, 4, False), ("gptq", 1, 8, False), ("awq", 1, 4, False)],
 )
 def test_weights_are_those_that_were_written(
-    model_of: Callable[..., Any], tokens: torch.Tensor, tmp_path: Path, method: str, version: int, bits: int, symmetric: bool
+    model_of: Callable[..., Any],
+    tokens: torch.Tensor,
+    tmp_path: Path,
+    method: str,
+    version: int,
+    bits: int,
+    symmetric: bool,
 ) -> None:
     model = model_of("llama-tied")
     weights = written(model, tmp_path / "in", method, version, bits, symmetric)

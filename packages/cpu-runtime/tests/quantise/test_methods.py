@@ -78,7 +78,10 @@ def test_methods_gain_on_unseen_tokens_too(
 ) -> None:
     model = model_of("llama")
     generator = torch.Generator().manual_seed(9)
-    tokens, unseen = torch.randint(0, 64, (96, 24), generator=generator), torch.randint(0, 64, (32, 24), generator=generator)
+    tokens, unseen = (
+        torch.randint(0, 64, (96, 24), generator=generator),
+        torch.randint(0, 64, (32, 24), generator=generator),
+    )
     plain = error(model, quantise(model, config=recipe("rtn", **changes)), unseen)
     found = error(model, quantise(model, tokens, recipe(method, **changes)), unseen)
     print(method, changes, found / plain)
@@ -99,7 +102,10 @@ def test_folds_leave_the_block_as_it_was(model_of: Callable[..., Any], tokens: t
         "gptj": {("attn.v_proj", ("attn.out_proj",)), "ln_1"},
         "falcon-alibi": {"input_layernorm", "post_attention_layernorm"},
     }[family]
-    found = {fold.producer if "norm" in fold.producer or "ln" in fold.producer else (fold.producer, fold.operators) for fold in folds}
+    found = {
+        fold.producer if "norm" in fold.producer or "ln" in fold.producer else (fold.producer, fold.operators)
+        for fold in folds
+    }
     assert found == expected
 
 

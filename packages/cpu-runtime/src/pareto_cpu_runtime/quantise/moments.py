@@ -48,9 +48,7 @@ def collect(stage: Stage, groups: Sequence[Sequence[str]]) -> dict[str, Moments]
             found[name] = Moments(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1]), 0)
         moments = found[name]
         moments.gram.addmm_(x.t(), x)
-        moments.mean.mul_(moments.tokens / (moments.tokens + len(x))).add_(
-            x.abs().sum(0) / (moments.tokens + len(x))
-        )
+        moments.mean.mul_(moments.tokens / (moments.tokens + len(x))).add_(x.abs().sum(0) / (moments.tokens + len(x)))
         moments.tokens += len(x)
 
     stage.each_input(visit, [group[0] for group in groups])
