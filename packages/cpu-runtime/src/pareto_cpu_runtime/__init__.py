@@ -11,9 +11,13 @@ from typing import Any
 _HOMES = {
     "AutoResult": "quantise",
     "Engine": "batching",
+    "ParallelRuntime": "parallel",
     "QuantisationConfig": "quantise",
     "QuantisedModel": "quantise",
+    "Request": "batching",
     "Runtime": "runtime",
+    "Sampling": "sampling",
+    "accelerate_generate": "drop_in",
     "auto_quantize": "quantise",
     "dequantise": "checkpoint",
     "load_packed": "checkpoint",
@@ -28,3 +32,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

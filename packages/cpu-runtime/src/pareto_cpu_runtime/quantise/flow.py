@@ -7,6 +7,8 @@ calibration are held: nothing grows with the model but the codes.
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import importlib
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -131,8 +133,9 @@ class _Flow:
             for index, block in enumerate(_progress(list(self.blocks), f"quantise ({self.config.method})")):
                 of_block = {rows: _as_float(found[index]) for rows, found in arguments.items()}
                 self._one(f"{self.prefix}.{index}", block, hidden, reference, of_block)
+                give_back_memory()
             if self.head in self.precisions:
-                self._one_head(hidden, reference)
+                self._one_head(hidden)
         return self.matrices, self.changed
 
     def _row_counts(self) -> set[int]:
@@ -160,11 +163,9 @@ class _Flow:
         found = {local: self.precisions.get(f"{name}.{local}" if local else name) for local in linears(module)}
         local_precisions = {local: precision for local, precision in found.items() if precision is not None}
         stage = Stage(name, module, local_precisions, hidden, reference, arguments, self.rows, self.config)
-        quantised = self.method.quantise_stage(stage) if local_precisions else {}
         if arguments is not None:
-            original = copy.deepcopy(source).float()
-            Stage(name, original, {}, hidden, reference, arguments, self.rows, self.config).outputs(reference)
-            del original
+            stage.outputs(reference)
+        quantised = self.method.quantise_stage(stage) if local_precisions else {}
         for local, matrix in quantised.items():
             stage.set_weight(local, matrix.dequantise())
         self._keep(stage, source, quantised)
@@ -182,14 +183,12 @@ class _Flow:
             if not self.keep_model:
                 _free(self.model, stage.full_name(local))
 
-    def _one_head(self, hidden: torch.Tensor, reference: torch.Tensor) -> None:
+    def _one_head(self, hidden: torch.Tensor) -> None:
         assert self.head is not None
         module = self.model.get_submodule(self.head)
-        streams = []
-        for stream in (hidden, reference):
-            parts = zip(self.tokens.split(self.rows), stream.split(self.rows), strict=True)
-            streams.append(torch.cat([self.inputs.into(module, tokens, part) for tokens, part in parts]))
-        self._one(self.head, module, *streams, None)
+        parts = zip(self.tokens.split(self.rows), hidden.split(self.rows), strict=True)
+        received = torch.cat([self.inputs.into(module, tokens, part) for tokens, part in parts])
+        self._one(self.head, module, received, received, None)
 
 
 def _assemble(
@@ -212,6 +211,14 @@ def _free(model: Any, name: str) -> None:
     module = model.get_submodule(name)
     if module.weight is not model.get_input_embeddings().weight:
         module.weight.data = torch.empty(0, dtype=module.weight.dtype)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: codes that are kept lie between a block's temporaries, and hold pages back."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others need none
+    if trim is not None:
+        trim(0)
 
 
 def _as_float(arguments: Arguments) -> Arguments:
