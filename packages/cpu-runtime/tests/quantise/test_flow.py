@@ -9,7 +9,7 @@ import torch
 
 from pareto_core.errors import ConfigError, ModelError
 from pareto_cpu_runtime import quantise as package
-from pareto_cpu_runtime.quantise.config import QuantisationConfig
+from pareto_cpu_runtime.quantise.config import QuantisationConfig, RoundingConfig
 from pareto_cpu_runtime.quantise.flow import quantise
 
 G32 = QuantisationConfig(group_size=32)
@@ -59,10 +59,12 @@ def test_eight_bits_change_little_and_three_much(model_of: Callable[..., Any], t
     assert errors[0] * 4 < errors[1] < errors[2]
 
 
-def test_given_up_weights_are_freed(model_of: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("method", ["rtn", "gptq", "signround"])
+def test_given_up_weights_are_freed(model_of: Callable[..., Any], tokens: torch.Tensor, method: str) -> None:
+    config = QuantisationConfig(method=method, group_size=32, rounding=RoundingConfig(steps=3))
     model = model_of("llama-tied")
-    kept = quantise(model_of("llama-tied"), config=G32)
-    found = quantise(model, config=G32, keep_model=False)
+    kept = quantise(model_of("llama-tied"), tokens, config)
+    found = quantise(model, tokens, config, keep_model=False)
     assert all(torch.equal(found.matrices[n].codes, kept.matrices[n].codes) for n in kept.matrices)
     assert model.model.layers[0].mlp.up_proj.weight.numel() == 0
     assert model.model.embed_tokens.weight.numel() > 0

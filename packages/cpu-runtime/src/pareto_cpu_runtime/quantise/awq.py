@@ -21,6 +21,9 @@ from pareto_cpu_runtime.quantise.matrix import QuantisedLinear
 from pareto_cpu_runtime.quantise.moments import Moments, collect
 from pareto_cpu_runtime.quantise.stage import Stage
 
+#: rows of a weight that are searched at a time: the search holds several copies of them
+_ROWS = 256
+
 
 def quantise_stage(stage: Stage) -> dict[str, QuantisedLinear]:
     """Scale what can be scaled, in place, then clip and round each operator of the stage.
@@ -56,35 +59,47 @@ def search_scales(stage: Stage, fold: Fold, moments: Moments) -> torch.Tensor:
         scales = moments.mean.clamp_min(1e-4) ** (point / stage.config.awq.grid)
         scales = scales / (scales.max() * scales.min()).sqrt()
         # Eq. (4): L(s) = |Q(W diag(s)) (diag(s)^-1 X) - W X|
-        error = sum(moments.error(_rounded(w * scales, p) / scales - w) for w, p in operators)
+        error = sum(_scaled_error(part, scales, p, moments) for w, p in operators for part in w.split(_ROWS))
         if error < best_error:
             best, best_error = scales, error
     return best
+
+
+def _scaled_error(weight: torch.Tensor, scales: torch.Tensor, precision: Precision, moments: Moments) -> float:
+    """The error of some rows that are scaled, rounded and scaled back."""
+    scaled = weight * scales
+    grid = weight_grid(scaled, precision.group(weight.shape[1]), precision.bits, precision.symmetric)
+    return moments.error(grid.values(grid.codes(scaled)) / scales - weight)
 
 
 def clipped(weight: torch.Tensor, moments: Moments, precision: Precision, config: AWQConfig) -> QuantisedLinear:
     """Round ``weight`` (n, k) on the grids that leave the least error, each group's extremes shrunk by a ratio."""
     group = precision.group(weight.shape[1])
     plain = weight_grid(weight, group, precision.bits, precision.symmetric)
+    parts = [_ratios(part, moments, precision, config, plain.multiplier) for part in weight.split(_ROWS)]
+    ratios = torch.cat(parts)
     low, high = group_extremes(weight, group)
-    best = torch.ones_like(low)
-    least = moments.group_errors(_change(plain, weight), group)
-    for step in range(1, config.clip_steps + 1):
-        ratio = 1.0 - config.clip_range * step / config.clip_steps
-        grid = make_grid(low * ratio, high * ratio, group, precision.bits, precision.symmetric, plain.multiplier)
-        errors = moments.group_errors(_change(grid, weight), group)
-        best = torch.where(errors < least, ratio, best)
-        least = torch.minimum(errors, least)
-    shrunk = make_grid(low * best, high * best, group, precision.bits, precision.symmetric, plain.multiplier)
+    shrunk = make_grid(low * ratios, high * ratios, group, precision.bits, precision.symmetric, plain.multiplier)
     better = moments.error(_change(shrunk, weight)) < moments.error(_change(plain, weight))
     grid = shrunk if better else plain
     return QuantisedLinear.of(grid, grid.codes(weight))
 
 
+def _ratios(
+    weight: torch.Tensor, moments: Moments, precision: Precision, config: AWQConfig, multiplier: float
+) -> torch.Tensor:
+    """The best ratio of each group (n, groups), errors across groups left aside."""
+    group = precision.group(weight.shape[1])
+    low, high = group_extremes(weight, group)
+    best, least = torch.ones_like(low), torch.full_like(low, float("inf"))
+    for step in range(config.clip_steps + 1):
+        ratio = 1.0 - config.clip_range * step / max(config.clip_steps, 1)
+        grid = make_grid(low * ratio, high * ratio, group, precision.bits, precision.symmetric, multiplier)
+        errors = moments.group_errors(_change(grid, weight), group)
+        best = torch.where(errors < least, ratio, best)
+        least = torch.minimum(errors, least)
+    return best
+
+
 def _change(grid: Grid, weight: torch.Tensor) -> torch.Tensor:
-    return grid.values(grid.codes(weight)) - weight
-
-
-def _rounded(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
-    grid = weight_grid(weight, precision.group(weight.shape[1]), precision.bits, precision.symmetric)
-    return grid.values(grid.codes(weight))
+    return grid.values(grid.codes(weight)).sub_(weight)

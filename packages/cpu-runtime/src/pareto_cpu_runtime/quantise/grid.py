@@ -68,8 +68,14 @@ class Grid:
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the nearest codes fp32 (n, k)."""
         codes = self.real_codes(weight).round_().clamp_(*code_range(self.bits, self.symmetric))
-        zero_scale = (self.scales == 0).repeat_interleave(self.group, 1)
-        return torch.where(zero_scale, self.zeros.repeat_interleave(self.group, 1), codes)
+        return self.with_dead_groups(codes)
+
+    def with_dead_groups(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return ``codes`` (n, k) with the zero's code where the scale is 0."""
+        dead = self.scales == 0
+        if not bool(dead.any()):
+            return codes
+        return torch.where(dead.repeat_interleave(self.group, 1), self.zeros.repeat_interleave(self.group, 1), codes)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the weights fp32 (n, k) that ``codes`` stand for."""

@@ -31,8 +31,7 @@ def fake_quantise(weight: torch.Tensor, grid: Grid, offset: torch.Tensor | None 
 def tuned_codes(weight: torch.Tensor, grid: Grid, offset: torch.Tensor) -> torch.Tensor:
     """Return the codes fp32 (n, k) that :func:`fake_quantise` rounds to."""
     codes = (grid.real_codes(weight) + offset).round().clamp(*code_range(grid.bits, grid.symmetric))
-    dead = (grid.scales == 0).repeat_interleave(grid.group, 1)
-    return torch.where(dead, grid.zeros.repeat_interleave(grid.group, 1), codes)
+    return grid.with_dead_groups(codes)
 
 
 def straight_scales(low: torch.Tensor, high: torch.Tensor, like: Grid) -> Grid:
