@@ -1,34 +1,11 @@
 // Programs, as Python builds and runs them.
-#include <map>
+#include "bind_program.h"
 
-#include "module.h"
-#include "program.h"
+#include <map>
 
 using namespace nb::literals;
 
 namespace pareto {
-namespace {
-
-using Floats = Array<const float, nb::ndim<1>>;
-using Ints = Array<const int32_t, nb::ndim<1>>;
-
-// A program with what keeps its arrays alive, and the limits that its input is checked against.
-struct Decoder {
-  Program program;
-  std::vector<nb::object> kept;
-  int64_t vocabulary = 0, outputs = 0, slots = 0, length = 0;
-
-  Decoder(std::shared_ptr<Pool> pool, int64_t max_rows) : program(std::move(pool), max_rows) {}
-};
-
-template <typename Value>
-Value named(const char* what, const std::map<std::string, Value>& values, const std::string& name) {
-  const auto found = values.find(name);
-  if (found != values.end()) return found->second;
-  std::string known;
-  for (const auto& [key, value] : values) known += (known.empty() ? "" : ", ") + key;
-  throw nb::value_error((std::string(what) + " must be one of " + known + ", not '" + name + "'").c_str());
-}
 
 void check_buffer(const Decoder& decoder, int buffer, int64_t width) {
   if (decoder.program.finished()) throw nb::value_error("the program is finished: no step can be added");
@@ -45,6 +22,17 @@ const float* vector_of(Decoder& decoder, const std::optional<Floats>& values, in
   return values->data();
 }
 
+namespace {
+
+template <typename Value>
+Value named(const char* what, const std::map<std::string, Value>& values, const std::string& name) {
+  const auto found = values.find(name);
+  if (found != values.end()) return found->second;
+  std::string known;
+  for (const auto& [key, value] : values) known += (known.empty() ? "" : ", ") + key;
+  throw nb::value_error((std::string(what) + " must be one of " + known + ", not '" + name + "'").c_str());
+}
+
 void add_embed(Decoder& decoder, nb::ndarray<nb::c_contig, nb::device::cpu, nb::ndim<2>> table, int x, float scale) {
   const bool bf16 = table.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
   if (!bf16 && table.dtype() != nb::dtype<float>()) throw nb::value_error("the table must be fp32 or bf16");
@@ -55,10 +43,11 @@ void add_embed(Decoder& decoder, nb::ndarray<nb::c_contig, nb::device::cpu, nb::
   decoder.program.add(embed_step(table.data(), bf16, vocabulary, width, scale, x));
 }
 
-void add_linear(Decoder& decoder, const Weight& weight, int x, std::optional<int> y, const std::string& norm,
-                std::optional<Floats> norm_weight, std::optional<Floats> norm_bias, float epsilon,
-                std::optional<Floats> bias, const std::string& activation, bool gated, std::optional<int> residual,
-                const std::string& kernel, const std::string& compute) {
+// Returns the name of the kernel that was chosen.
+std::string add_linear(Decoder& decoder, const Weight& weight, int x, std::optional<int> y, const std::string& norm,
+                       std::optional<Floats> norm_weight, std::optional<Floats> norm_bias, float epsilon,
+                       std::optional<Floats> bias, const std::string& activation, bool gated,
+                       std::optional<int> residual, const std::string& kernel, const std::string& compute) {
   static const std::map<std::string, Norm> norms = {
       {"none", Norm::none}, {"rms", Norm::rms}, {"layer", Norm::layer}};
   static const std::map<std::string, Activation> activations = {{"none", Activation::none},
@@ -95,6 +84,7 @@ void add_linear(Decoder& decoder, const Weight& weight, int x, std::optional<int
   if (step.logits) decoder.outputs = outputs;
   decoder.kept.push_back(weight.owner);
   decoder.program.add(linear_step(std::move(step)));
+  return chosen->name;
 }
 
 void check_range(Ints values, int64_t limit, const char* what) {
@@ -134,7 +124,8 @@ void run(Decoder& decoder, Ints tokens, Ints slots, Ints positions, Ints want, A
 }  // namespace
 
 void bind_program(nb::module_& module) {
-  nb::class_<Decoder>(module, "Program")
+  nb::class_<Decoder> program(module, "Program");
+  program
       .def(nb::init<std::shared_ptr<Pool>, int64_t>(), "pool"_a, "max_rows"_a)
       .def("buffer", [](Decoder& decoder, int64_t width) { return decoder.program.buffer(width); }, "width"_a)
       .def("embed", &add_embed, "table"_a, "x"_a, "scale"_a = 1.0f)
@@ -144,6 +135,7 @@ void bind_program(nb::module_& module) {
       .def("finish", [](Decoder& decoder) { decoder.program.finish(); })
       .def("run", &run, "tokens"_a, "slots"_a, "positions"_a, "want"_a, "logits"_a)
       .def_prop_ro("planned_bytes", [](const Decoder& decoder) { return decoder.program.planned_bytes(); });
+  bind_attention(module, program);
 }
 
 }  // namespace pareto

@@ -2,6 +2,7 @@
 // why everything is in an unnamed namespace.
 #include <cmath>
 
+#include "attention.inl"
 #include "epilogue.inl"
 #include "ops.h"
 
@@ -38,6 +39,6 @@ void normalise_row(const Prologue& p, const float* x, float* y, int64_t k) {
 }  // namespace
 
 extern const Ops PARETO_OPS;
-const Ops PARETO_OPS = {PARETO_OPS_NAME, normalise_row};
+const Ops PARETO_OPS = {PARETO_OPS_NAME, normalise_row, rotate, append, attend, join, conclude};
 
 }  // namespace pareto
