@@ -178,15 +178,7 @@ class ByteText(Task):
         text = text[text < END]
         if len(text) < longest:
             raise DataError(f"task {self.name}: the test windows have {len(text)} bytes, a prompt needs {longest}")
-        found = {}
-        for suffix, length in (("", self.prompt), ("_long", self.long_prompt)):
-            inputs = {"input_ids": text[None, :length].clone()}
-            about = f"{length} tokens in"
-            found[f"forward{suffix}"] = Request("forward", inputs, description=about)
-            found[f"generate{suffix}"] = Request(
-                "generate", inputs, new_tokens=self.new_tokens, description=f"{about}, {self.new_tokens} out, greedily"
-            )
-        return found
+        return prompt_requests(text, {"": self.prompt, "_long": self.long_prompt}, self.new_tokens)
 
     def data_revision(self) -> dict[str, str]:
         """Hash of the texts, the Python version that they belong to, and the model."""
@@ -195,3 +187,16 @@ class ByteText(Task):
             "python": platform.python_version(),
             "backbone": revision(self.model),
         }
+
+
+def prompt_requests(tokens: torch.Tensor, lengths: Mapping[str, int], new_tokens: int) -> dict[str, Request]:
+    """Requests ``forward`` and ``generate``, each with every suffix of ``lengths``: prompts of that many ``tokens``."""
+    found = {}
+    for suffix, length in lengths.items():
+        inputs = {"input_ids": tokens[None, :length].clone()}
+        about = f"{length} tokens in"
+        found[f"forward{suffix}"] = Request("forward", inputs, description=about)
+        found[f"generate{suffix}"] = Request(
+            "generate", inputs, new_tokens=new_tokens, description=f"{about}, {new_tokens} out, greedily"
+        )
+    return found
