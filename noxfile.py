@@ -168,6 +168,9 @@ def install(session: nox.Session, *exports: list[str], members: list[str] | None
 def fingerprint(exports: tuple[list[str], ...], members: list[str]) -> str:
     """Hash what an environment is made from: the lock, every pyproject.toml, and what of them it takes."""
     files = [ROOT / "uv.lock", ROOT / "pyproject.toml", *(ROOT / member / "pyproject.toml" for member in MEMBERS)]
+    # What is compiled when a member is installed.
+    for member in members:
+        files += sorted([*(ROOT / member).glob("CMakeLists.txt"), *(ROOT / member).glob("native/**/*.*")])
     digest = hashlib.sha256(repr((str(ROOT), exports, members)).encode())
     for path in files:
         digest.update(path.read_bytes() if path.is_file() else b"")

@@ -17,15 +17,21 @@ constexpr int kRows = 6;
 // Above this many queries a chunk is turned into fp32 once instead of in each product.
 constexpr int64_t kConvertAbove = 12;
 
+inline void turn(float& a, float& b, float cosine, float sine) {
+  const float x = a, y = b;
+  a = madd(-y, sine, x * cosine);
+  b = madd(x, sine, y * cosine);
+}
+
 void rotate(const Rotary& rotary, int64_t position, float* x) {
   const int64_t half = rotary.dim / 2;
-  const float* cosine = rotary.cos_sin + position * rotary.dim;
-  const float* sine = cosine + half;
-  const int64_t next = rotary.interleaved ? 2 : 1, apart = rotary.interleaved ? 1 : half;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = x[i * next], b = x[i * next + apart];
-    x[i * next] = madd(-b, sine[i], a * cosine[i]);
-    x[i * next + apart] = madd(a, sine[i], b * cosine[i]);
+  const float* __restrict cosine = rotary.cos_sin + position * rotary.dim;
+  const float* __restrict sine = cosine + half;
+  float *__restrict first = x, *__restrict second = x + half;
+  if (rotary.interleaved) {
+    for (int64_t i = 0; i < half; ++i) turn(x[2 * i], x[2 * i + 1], cosine[i], sine[i]);
+  } else {
+    for (int64_t i = 0; i < half; ++i) turn(first[i], second[i], cosine[i], sine[i]);
   }
 }
 

@@ -14,6 +14,9 @@ using namespace nb::literals;
 namespace pareto {
 namespace {
 
+// Far below where counting bytes would overflow.
+constexpr double kMostValues = 0x1p50;
+
 std::string text(int64_t value) { return std::to_string(value); }
 
 void require(bool holds, const std::string& message) {
@@ -24,6 +27,9 @@ std::shared_ptr<Cache> make_cache(int64_t layers, int64_t slots, int64_t kv_head
                                   const std::string& dtype) {
   require(layers > 0 && slots > 0 && kv_heads > 0 && length > 0 && head_dim > 0,
           "layers, slots, kv_heads, length and head_dim of a cache must be at least 1");
+  const double values = 2.0 * static_cast<double>(layers) * static_cast<double>(slots) * static_cast<double>(kv_heads) *
+                        static_cast<double>(length) * static_cast<double>(head_dim);
+  require(values < kMostValues, "a cache of " + std::to_string(values) + " values is more than any machine holds");
   require(dtype == "fp32" || dtype == "bf16" || dtype == "int8",
           "dtype must be one of fp32, bf16, int8, not '" + dtype + "'");
   const CacheType type = dtype == "fp32" ? CacheType::fp32 : dtype == "bf16" ? CacheType::bf16 : CacheType::int8;

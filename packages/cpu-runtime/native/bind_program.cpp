@@ -94,6 +94,19 @@ void check_range(Ints values, int64_t limit, const char* what) {
                              std::to_string(limit)).c_str());
 }
 
+// Two rows at one place of a cache would both write it.
+void check_places(Ints slots, Ints positions) {
+  std::vector<int64_t> places;
+  places.reserve(slots.size());
+  for (size_t i = 0; i < slots.size(); ++i)
+    places.push_back(static_cast<int64_t>(slots.data()[i]) << 32 | positions.data()[i]);
+  std::sort(places.begin(), places.end());
+  const auto twice = std::adjacent_find(places.begin(), places.end());
+  if (twice != places.end())
+    throw nb::value_error(("position " + std::to_string(*twice & 0xffffffff) + " of slot " +
+                           std::to_string(*twice >> 32) + " comes twice in one call").c_str());
+}
+
 void run(Decoder& decoder, Ints tokens, Ints slots, Ints positions, Ints want, Array<float, nb::ndim<2>> logits) {
   if (!decoder.program.finished()) throw nb::value_error("finish the program before running it");
   const size_t rows = tokens.size();
@@ -109,6 +122,7 @@ void run(Decoder& decoder, Ints tokens, Ints slots, Ints positions, Ints want, A
     if (want.data()[i] <= want.data()[i - 1]) throw nb::value_error("wanted rows must ascend");
   if (decoder.slots) check_range(slots, decoder.slots, "slot");
   if (decoder.length) check_range(positions, decoder.length, "position");
+  if (decoder.slots && rows > 1) check_places(slots, positions);
   Batch batch;
   batch.rows = static_cast<int64_t>(rows);
   batch.tokens = tokens.data();

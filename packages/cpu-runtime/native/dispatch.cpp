@@ -6,12 +6,13 @@
 
 namespace pareto {
 
-extern const Kernel kAvx512Vnni;
+extern const Kernel kScalar, kAvx2, kAvx512f, kAvxVnni, kAvx512Vnni, kAvx512Bf16, kAvx512Fp16, kAmxInt8, kAmxBf16;
 extern const Ops kOpsBaseline, kOpsAvx2, kOpsAvx512;
 
 const std::vector<const Kernel*>& kernels() {
-  // Best first: int8 before fp32, wider before narrower.
-  static const std::vector<const Kernel*> all = {&kAvx512Vnni};
+  // Best first: int8, then 16 bits, then fp32; within each, wider before narrower.
+  static const std::vector<const Kernel*> all = {&kAmxInt8,    &kAvx512Vnni, &kAvxVnni, &kAmxBf16, &kAvx512Bf16,
+                                                 &kAvx512Fp16, &kAvx512f,    &kAvx2,    &kScalar};
   return all;
 }
 

@@ -54,6 +54,9 @@ struct Features {
     const bool amx = avx512f && tiles && bit(extended.edx, 24);
     amx_int8 = amx && bit(extended.edx, 25) && tiles_granted();
     amx_bf16 = amx && bit(extended.edx, 22) && tiles_granted();
+#ifdef PARETO_EMULATE
+    avx_vnni = avx512_fp16 = amx_int8 = amx_bf16 = avx512_vnni && avx512_bf16;
+#endif
   }
 };
 

@@ -26,5 +26,6 @@ struct Weight {
 };
 
 void bind_program(nb::module_& module);
+void bind_limits(nb::module_& module);
 
 }  // namespace pareto

@@ -18,6 +18,28 @@ Place place(Store store, int64_t quad_bytes, int64_t column, int64_t input) {
   return {quad + pair * kPanel + (in_pair % 16) * kQuad + lane, in_pair < 16 ? 0 : 4};
 }
 
+int64_t dense_place(const Packed& packed, int64_t row, int64_t input) {
+  return (row / kPanel * packed.quads() * kQuad + input) * kPanel + row % kPanel;
+}
+
+template <typename Value>
+void pack_values(const Packed& shape, const void* values, uint8_t* out) {
+  const Value* source = static_cast<const Value*>(values);
+  for (int64_t row = 0; row < shape.n; ++row)
+    for (int64_t input = 0; input < shape.k; ++input)
+      std::memcpy(out + dense_place(shape, row, input) * static_cast<int64_t>(sizeof(Value)), source + row * shape.k + input,
+                  sizeof(Value));
+}
+
+template <typename Value>
+void unpack_values(const Packed& packed, void* values) {
+  Value* to = static_cast<Value*>(values);
+  for (int64_t row = 0; row < packed.n; ++row)
+    for (int64_t input = 0; input < packed.k; ++input)
+      std::memcpy(to + row * packed.k + input,
+                  packed.data + dense_place(packed, row, input) * static_cast<int64_t>(sizeof(Value)), sizeof(Value));
+}
+
 }  // namespace
 
 void pack(const Packed& shape, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, uint8_t* out) {
@@ -61,6 +83,17 @@ void unpack(const Packed& packed, uint8_t* codes, uint16_t* scales, uint8_t* zer
       }
     }
   }
+}
+
+void pack_dense(const Packed& shape, const void* values, uint8_t* out) {
+  std::memset(out, 0, static_cast<size_t>(shape.bytes()));
+  if (shape.store == Store::f32) return pack_values<uint32_t>(shape, values, out);
+  pack_values<uint16_t>(shape, values, out);
+}
+
+void unpack_dense(const Packed& packed, void* values) {
+  if (packed.store == Store::f32) return unpack_values<uint32_t>(packed, values);
+  unpack_values<uint16_t>(packed, values);
 }
 
 }  // namespace pareto

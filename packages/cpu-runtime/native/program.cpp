@@ -64,7 +64,7 @@ class Linear final : public Step {
       e.residual_stride = program.width(p_.residual);
     }
     if (p_.logits) {
-      e.stride = p_.weight.n;
+      e.stride = p_.gated ? p_.weight.n / 2 : p_.weight.n;
     } else {
       e.y = program.at(p_.y);
       e.stride = program.width(p_.y);

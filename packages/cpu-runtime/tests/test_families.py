@@ -17,10 +17,9 @@ def close(logits, expected, tolerance):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.usefixtures("reference")
 def test_every_family_computes_what_transformers_does(kind):
     model = tiny(kind)
-    runtime = Runtime.from_pretrained(model, precision=None, threads=1, max_rows=9)
+    runtime = Runtime.from_pretrained(model, precision=None, threads=2, max_rows=9, cache_dtype="fp32")
     ids = torch.randint(3, 99, (2, 21))
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids)
@@ -42,6 +41,8 @@ def test_int4_computes_what_the_dequantised_model_does(kind):
         expected = rounded(input_ids=ids).logits
     # Activations are rounded to 8 bits in every operator: a relative error of about 1 / 254 each.
     close(runtime(input_ids=ids).logits, expected, 0.06)
+    exact = Runtime.from_pretrained(model, compute="fp32", threads=2, max_rows=16, cache_dtype="fp32")
+    close(exact(input_ids=ids).logits, expected, 1e-4)
 
 
 @pytest.mark.parametrize("config", [tf.GPT2Config(), tf.T5Config(), object()])

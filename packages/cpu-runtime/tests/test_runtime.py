@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from models import CONFIGS, quantised_tiny, tiny
+from models import quantised_tiny, tiny
 
 from pareto_core.errors import ConfigError, DataError, ModelError, UnsupportedError
 from pareto_cpu_runtime.runtime import Runtime
@@ -18,15 +18,9 @@ MASK = (PROMPTS != 0).long()
 
 @pytest.fixture(scope="module")
 def pair():
-    """A tiny model, and a runtime of it in float64."""
-    import reference_native
-
-    patch = pytest.MonkeyPatch()
-    for module in ("matrix", "families.build", "runtime"):
-        patch.setattr(f"pareto_cpu_runtime.{module}.native", lambda: reference_native)
+    """A tiny model, and a runtime of it in fp32."""
     model = tiny("llama", seed=3)
-    yield model, Runtime.from_pretrained(model, precision=None, max_rows=7, slots=5)
-    patch.undo()
+    return model, Runtime.from_pretrained(model, precision=None, max_rows=7, slots=5, threads=2, cache_dtype="fp32")
 
 
 def same(pair, ids=PROMPTS, mask=MASK, **options):
@@ -195,3 +189,155 @@ def test_bad_input_is_refused(pair, ids, mask, message):
         with pytest.raises(DataError, match=message):
             runtime(input_ids=ids, attention_mask=mask)
     assert runtime.slots.free == 5
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gptj", "falcon"])
+def test_int4_gives_the_tokens_of_the_dequantised_model(kind):
+    model, rounded = quantised_tiny(kind)
+    runtime = Runtime.from_pretrained(model, compute="fp32", cache_dtype="fp32", threads=2)
+    ids = torch.randint(3, 99, (2, 9))
+    options = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    expected = rounded.generate(ids, attention_mask=mask, **options)
+    assert runtime.generate(ids, **options).tolist() == expected.tolist()
+
+
+def test_tokens_do_not_depend_on_threads_or_the_size_of_calls():
+    model = tiny("llama")
+    ids = torch.randint(3, 99, (3, 33))
+    outs = []
+    for threads, rows in ((1, 512), (2, 5), (3, 64)):
+        runtime = Runtime.from_pretrained(model, threads=threads, max_rows=rows, cache_dtype="int8")
+        outs.append(runtime(input_ids=ids).logits)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_it_says_what_it_takes_and_which_kernels_run():
+    runtime = Runtime.from_pretrained(tiny("llama"), max_length=64, slots=3, cache_dtype="bf16")
+    plan = runtime.memory_plan()
+    assert plan.weights == runtime.weight_bytes
+    assert plan.cache >= 3 * 64 * 2 * 2 * 2 * 16 * 2
+    assert plan.total == plan.weights + plan.cache + plan.activations
+    rows = runtime.kernels()
+    assert set(rows) == {f"{layer}.{part}" for layer in (0, 1) for part in ("qkv", "out", "up", "down")} | {"head"}
+    assert rows["0.up"]["shape"] == (192, 64)
+    assert rows["0.up"]["bits"] == 4
+    assert sum(row["bytes"] for row in rows.values()) < runtime.weight_bytes
+    fp32 = Runtime.from_pretrained(tiny("llama"), compute="fp32").kernels()["0.qkv"]["kernel"]
+    assert fp32 != rows["0.qkv"]["kernel"] or "vnni" not in rows["0.qkv"]["kernel"]
+
+
+def test_a_model_larger_than_memory_is_refused_with_both_figures(monkeypatch):
+    monkeypatch.setattr("pareto_cpu_runtime.memory.available_bytes", lambda: 1 << 20)
+    with pytest.raises(UnsupportedError, match=r"needs \d+ MiB \(weights .* and 1 MiB are available"):
+        Runtime.from_pretrained(tiny("llama"), max_length=128, slots=64, max_rows=512)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads"),
+        ({"slots": 0}, "slots"),
+        ({"max_length": -1}, "max_length"),
+        ({"cache_dtype": "fp16"}, "cache_dtype"),
+        ({"memory": "swap"}, "memory"),
+        ({"precision": "int2"}, "precision"),
+        ({"kernel": "none"}, "kernel"),
+        ({"compute": "int3"}, "compute"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Runtime.from_pretrained(tiny("llama"), **options)
+
+
+def test_transformers_directories_are_read_and_broken_ones_named(tmp_path):
+    model = tiny("llama")
+    ids = torch.randint(3, 99, (1, 12))
+    expected = Runtime.from_pretrained(model)(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Runtime.from_pretrained(tmp_path)(input_ids=ids).logits, expected)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        Runtime.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(DataError, match=r"neither model\.safetensors"):
+        Runtime.from_pretrained(tmp_path)
+    with pytest.raises(DataError, match="no such directory"):
+        Runtime.from_pretrained(tmp_path / "none")
+    with pytest.raises(ModelError, match="int"):
+        Runtime.from_pretrained(3)
+
+
+def rounded_model(model, **precisions):
+    """A ``QuantisedModel`` of every linear module, rounded to nearest."""
+    from pareto_cpu_runtime.families import describe
+    from pareto_cpu_runtime.quantise.config import Precision
+    from pareto_cpu_runtime.quantise.matrix import QuantisedModel
+    from pareto_cpu_runtime.quantise.rtn import round_to_nearest
+
+    modules = describe(model.config).modules()
+    matrices = {}
+    for name in modules:
+        choice = next((value for part, value in precisions.items() if part in name), Precision(group_size=32))
+        if choice is not None:
+            matrices[name] = round_to_nearest(model.get_submodule(name).weight.detach(), choice, name)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in matrices}
+    return QuantisedModel(model.config, type(model).__name__, matrices, kept, (), {})
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-odd", "gpt_neox", "falcon-new", "phi3"])
+@pytest.mark.parametrize("memory", ["read", "map"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_packed_directories_compute_what_the_model_does(tmp_path, kind, memory, fused):
+    from pareto_cpu_runtime.checkpoint import save_packed
+    from pareto_cpu_runtime.families import fusions
+
+    model = tiny(kind)
+    quantised = rounded_model(model) if kind != "llama-odd" else rounded_model(model, down_proj=None)
+    ids = torch.randint(3, 99, (1, 15))
+    expected = Runtime.from_pretrained(quantised)(input_ids=ids).logits
+    save_packed(quantised, tmp_path, fusions(model.config) if fused else ())
+    assert torch.equal(Runtime.from_pretrained(tmp_path, memory=memory)(input_ids=ids).logits, expected)
+
+
+def test_a_damaged_packed_directory_is_named(tmp_path):
+    from pareto_cpu_runtime.checkpoint import save_packed
+
+    save_packed(rounded_model(tiny("llama")), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    with pytest.raises(DataError, match="truncated"):
+        Runtime.from_pretrained(tmp_path)
+    weights.write_bytes(whole[:-9] + bytes(9))
+    with pytest.raises(DataError, match="sha256"):
+        Runtime.from_pretrained(tmp_path)
+
+
+def test_mixed_precision_within_an_operator_is_exact():
+    from pareto_cpu_runtime.quantise.config import Precision
+
+    mixed = rounded_model(
+        tiny("llama"),
+        k_proj=Precision(bits=8, group_size=32, symmetric=False),
+        v_proj=Precision(bits=3, group_size="channel"),
+        gate_proj=None,
+        down_proj=None,
+    )
+    ids = torch.randint(3, 99, (1, 15))
+    runtime = Runtime.from_pretrained(mixed, compute="fp32", cache_dtype="fp32")
+    with torch.no_grad():
+        expected = mixed.dequantise()(input_ids=ids).logits
+    out = runtime(input_ids=ids).logits
+    assert float((out - expected).abs().max() / expected.abs().max()) < 1e-4
+    rows = runtime.kernels()
+    assert (rows["0.qkv"]["bits"], rows["0.qkv"]["group"], rows["0.qkv"]["asymmetric"]) == (8, 32, True)
+    assert rows["0.up"]["bits"] == 32
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, pareto_cpu_runtime; pareto_cpu_runtime.Runtime; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

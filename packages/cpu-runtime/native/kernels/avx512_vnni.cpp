@@ -4,7 +4,7 @@
 // the zero point is taken off by starting each group's sum at -zero * sum(activations).
 //
 // Few rows (the next token): bound by memory, so each thread reads one sequential stream, unpacks codes in registers and uses
-// them for all rows at once. Many rows (the prompt): a panel is unpacked once into the L2 cache, in four strips of 16
+// them for all rows, up to 8, at once. Many rows (the prompt): a panel is unpacked once into the L2 cache, in four strips of 16
 // outputs, and tiles of 12 rows by 16 outputs run over it. Both add up in the same order: int8 products within a
 // group exactly, then groups from first to last by fp32 fused multiply-add.
 #include <immintrin.h>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kStrips = 4;
 constexpr int64_t kLanes = 16;
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 8;
 // Rows of one pass over unpacked panels, and inputs that are unpacked at a time.
 constexpr int64_t kPassRows = 43 * kTileRows;
 constexpr int64_t kChunkInputs = 2048;
@@ -39,14 +39,14 @@ inline __m512i zero_points(const uint8_t* at) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 }
 
-// The four strips of one quad, as unsigned bytes.
-template <bool kBytes>
-inline void load_quad(const uint8_t* at, __m512i (&strip)[kStrips]) {
+// Strips of one quad, from an even one on, as unsigned bytes.
+template <bool kBytes, int kCount>
+inline void load_strips(const uint8_t* at, __m512i (&strip)[kCount]) {
   if constexpr (kBytes) {
-    for (int s = 0; s < kStrips; ++s) strip[s] = _mm512_loadu_si512(at + 64 * s);
+    for (int s = 0; s < kCount; ++s) strip[s] = _mm512_loadu_si512(at + 64 * s);
   } else {
     const __m512i low = _mm512_set1_epi8(0x0f);
-    for (int pair = 0; pair < 2; ++pair) {
+    for (int pair = 0; pair < kCount / 2; ++pair) {
       const __m512i both = _mm512_loadu_si512(at + 64 * pair);
       strip[2 * pair] = _mm512_and_si512(both, low);
       strip[2 * pair + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
@@ -65,46 +65,56 @@ inline __m512 add_group(__m512 total, __m512i dot, __m512 weight_scale, float ro
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(weight_scale, _mm512_set1_ps(row_scale)), total);
 }
 
-// R rows through one panel, straight from the packed stream.
+// R rows through one panel, straight from the packed stream; strips by twos, since more sums than registers hold would
+// have to be kept. Totals that no register is left for lie in `sums`.
 template <int R, bool kBytes, bool kZeros>
 void few_rows(const Packed& w, const uint8_t* tile, const uint8_t* panel, float* sums) {
   const Int8Tile rows(w, tile, R);
   const int64_t groups = w.groups(), quads = w.quads();
-  constexpr int64_t kQuadBytes = kBytes ? 256 : 128;
+  // As many strips at a time as leave registers for the unpacked codes.
+  constexpr int kTogether = R <= 4 ? kStrips : 2;
+  constexpr int64_t kQuadBytes = kBytes ? 256 : 128, kShare = kQuadBytes * kTogether / kStrips;
   const int8_t* codes = rows.codes;
-  const uint8_t* stream = panel;
-  __m512 total[R][kStrips];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < kStrips; ++s) total[r][s] = _mm512_setzero_ps();
+  const uint8_t* header = panel;
+  for (int i = 0; i < R * kStrips; ++i) _mm512_storeu_ps(sums + i * kLanes, _mm512_setzero_ps());
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* header = stream;
-    _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead + 64), _MM_HINT_T0);
-    stream += 2 * kPanel + (kZeros ? kPanel : 0);
-    __m512i dot[R][kStrips];
-    for (int s = 0; s < kStrips; ++s) {
-      const __m512i zeros = kZeros ? zero_points(header + 2 * kPanel + kLanes * s) : _mm512_setzero_si512();
-      for (int r = 0; r < R; ++r) dot[r][s] = start_of<kZeros>(rows.starts[g * R + r], zeros);
-    }
-    for (int64_t q = 0; q < quads; ++q) {
-      for (int64_t line = 0; line < kQuadBytes; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead + line), _MM_HINT_T0);
-      __m512i strip[kStrips];
-      load_quad<kBytes>(stream, strip);
-      for (int r = 0; r < R; ++r) {
-        const __m512i four = broadcast4(codes + kQuad * r);
-        for (int s = 0; s < kStrips; ++s) dot[r][s] = _mm512_dpbusd_epi32(dot[r][s], strip[s], four);
+    const uint8_t* first_quad = header + 2 * kPanel + (kZeros ? kPanel : 0);
+    _mm_prefetch(reinterpret_cast<const char*>(header + kAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(header + kAhead + 64), _MM_HINT_T0);
+    for (int from = 0; from < kStrips; from += kTogether) {
+      __m512i dot[R][kTogether];
+      for (int s = 0; s < kTogether; ++s) {
+        const uint8_t* at = header + 2 * kPanel + kLanes * (from + s);
+        const __m512i zeros = kZeros ? zero_points(at) : _mm512_setzero_si512();
+        for (int r = 0; r < R; ++r) dot[r][s] = start_of<kZeros>(rows.starts[g * R + r], zeros);
       }
-      codes += kQuad * R;
-      stream += kQuadBytes;
+      const uint8_t* stream = first_quad + from / kTogether * kShare;
+      const int8_t* four = codes;
+      for (int64_t q = 0; q < quads; ++q) {
+        for (int64_t line = 0; line < kShare; line += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead + line), _MM_HINT_T0);
+        __m512i strip[kTogether];
+        load_strips<kBytes, kTogether>(stream, strip);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const __m512i all = broadcast4(four + kQuad * r);
+          for (int s = 0; s < kTogether; ++s) dot[r][s] = _mm512_dpbusd_epi32(dot[r][s], strip[s], all);
+        }
+        four += kQuad * R;
+        stream += kQuadBytes;
+      }
+      for (int s = 0; s < kTogether; ++s) {
+        const __m512 scale = half_scales(header + 2 * kLanes * (from + s));
+        for (int r = 0; r < R; ++r) {
+          float* sum = sums + r * kPanel + (from + s) * kLanes;
+          const __m512 total = add_group(_mm512_loadu_ps(sum), dot[r][s], scale, rows.scales[g * R + r]);
+          _mm512_storeu_ps(sum, total);
+        }
+      }
     }
-    for (int s = 0; s < kStrips; ++s) {
-      const __m512 scale = half_scales(header + 2 * kLanes * s);
-      for (int r = 0; r < R; ++r) total[r][s] = add_group(total[r][s], dot[r][s], scale, rows.scales[g * R + r]);
-    }
+    codes += quads * kQuad * R;
+    header = first_quad + quads * kQuadBytes;
   }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < kStrips; ++s) _mm512_storeu_ps(sums + r * kPanel + s * kLanes, total[r][s]);
 }
 
 // A chunk of a panel, unpacked: four strips of (quads of the chunk, 64 bytes), then scales and zero points per group.
@@ -143,7 +153,7 @@ void unpack_chunk(const Packed& w, const uint8_t* stream, int64_t groups, const 
     stream += 2 * kPanel + (kZeros ? kPanel : 0);
     for (int64_t q = 0; q < quads; ++q) {
       __m512i strip[kStrips];
-      load_quad<kBytes>(stream, strip);
+      load_strips<kBytes, kStrips>(stream, strip);
       for (int s = 0; s < kStrips; ++s) _mm512_storeu_si512(out + s * chunk.strip_bytes, strip[s]);
       out += 64;
       stream += kBytes ? 256 : 128;
@@ -151,10 +161,16 @@ void unpack_chunk(const Packed& w, const uint8_t* stream, int64_t groups, const 
   }
 }
 
-// R rows by 16 outputs over one chunk; `total` goes on from what earlier chunks left there.
+// What is read next from memory is asked for while this chunk is worked on: `step` bytes with each quad.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;
+};
+
+// R rows by 16 outputs over one chunk; `sums` go on from what earlier chunks left there.
 template <int R, bool kZeros>
 void strip_tile(const Packed& w, const Int8Tile& rows, int64_t first_group, int64_t groups, const Chunk& chunk, int strip,
-                float* sums) {
+                float* sums, Ahead& ahead) {
   const int64_t quads = w.quads();
   const int8_t* codes = rows.codes + first_group * quads * kQuad * R;
   const uint8_t* weights = chunk.strips + strip * chunk.strip_bytes;
@@ -170,6 +186,8 @@ void strip_tile(const Packed& w, const Int8Tile& rows, int64_t first_group, int6
     for (int r = 0; r < R; ++r) dot[r] = start_of<kZeros>(starts[g * R + r], zero);
     for (int64_t q = 0; q < quads; ++q) {
       const __m512i weight = _mm512_loadu_si512(weights);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
+      ahead.at += ahead.step;
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], weight, broadcast4(codes + kQuad * r));
       codes += kQuad * R;
@@ -182,11 +200,12 @@ void strip_tile(const Packed& w, const Int8Tile& rows, int64_t first_group, int6
 }
 
 using FewRows = void (*)(const Packed&, const uint8_t*, const uint8_t*, float*);
-using StripTile = void (*)(const Packed&, const Int8Tile&, int64_t, int64_t, const Chunk&, int, float*);
+using StripTile = void (*)(const Packed&, const Int8Tile&, int64_t, int64_t, const Chunk&, int, float*, Ahead&);
 
 template <bool kBytes, bool kZeros>
 constexpr FewRows kFew[] = {few_rows<1, kBytes, kZeros>, few_rows<2, kBytes, kZeros>, few_rows<3, kBytes, kZeros>,
-                            few_rows<4, kBytes, kZeros>};
+                            few_rows<4, kBytes, kZeros>, few_rows<5, kBytes, kZeros>, few_rows<6, kBytes, kZeros>,
+                            few_rows<7, kBytes, kZeros>, few_rows<8, kBytes, kZeros>};
 
 template <bool kZeros>
 constexpr StripTile kStrip[] = {strip_tile<1, kZeros>,  strip_tile<2, kZeros>,  strip_tile<3, kZeros>,
@@ -208,12 +227,16 @@ void many_rows(const Packed& w, const uint8_t* prepared, int64_t m, int64_t firs
       std::memset(sums, 0, static_cast<size_t>(pass * kPanel) * sizeof(float));
       for (int64_t group = 0; group < w.groups(); group += per_chunk) {
         const int64_t groups = smaller(per_chunk, w.groups() - group);
-        unpack_chunk<kBytes, kZeros>(w, w.data + panel * w.panel_bytes() + group * w.group_bytes(), groups, chunk);
+        const uint8_t* stream = w.data + panel * w.panel_bytes() + group * w.group_bytes();
+        const int64_t bytes = groups * w.group_bytes();
+        const int64_t turns = (pass + kTileRows - 1) / kTileRows * kStrips * groups * w.quads();
+        unpack_chunk<kBytes, kZeros>(w, stream, groups, chunk);
+        Ahead ahead = {stream + bytes, (bytes + turns - 1) / turns};
         for (int64_t row = 0; row < pass; row += kTileRows) {
           const int64_t rows = smaller(pass - row, kTileRows);
           const Int8Tile tile(w, prepared + (from + row) * row_bytes, rows);
           for (int strip = 0; strip < kStrips; ++strip)
-            kStrip<kZeros>[rows - 1](w, tile, group, groups, chunk, strip, sums + row * kPanel);
+            kStrip<kZeros>[rows - 1](w, tile, group, groups, chunk, strip, sums + row * kPanel, ahead);
         }
       }
       for (int64_t row = 0; row < pass; ++row) finish(e, w.n, from + row, panel, sums + row * kPanel);
@@ -247,7 +270,7 @@ int64_t scratch_bytes(const Packed& w) {
   return kStrips * groups * w.quads() * 64 + groups * kPanel * 8 + kPassRows * kPanel * 4;
 }
 
-bool supports(const Packed&) { return true; }
+bool supports(const Packed& w) { return !w.dense(); }
 
 }  // namespace
 

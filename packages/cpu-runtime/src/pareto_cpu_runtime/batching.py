@@ -29,7 +29,7 @@ class Request:
     """One text to continue.
 
     ``tokens`` the prompt; ``stop_tokens`` end the text and are part of it; ``stop`` is asked after every token, with the
-    new tokens so far, whether the text ends there; ``padding`` are tokens that the repetition penalty counts as seen.
+    new tokens so far, whether the text ends there.
     """
 
     tokens: Sequence[int]
@@ -38,7 +38,6 @@ class Request:
     stop_tokens: tuple[int, ...] = ()
     stop: Callable[[Sequence[int]], bool] | None = None
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    padding: tuple[int, ...] = ()
 
 
 class Handle:
@@ -86,9 +85,7 @@ class Handle:
             raise self.error
 
     def _seen(self) -> list[int]:
-        if self.request.sampling.repetition_penalty == 1.0:
-            return []
-        return [*self.request.padding, *self._text.tolist()]
+        return [] if self.request.sampling.repetition_penalty == 1.0 else self._text.tolist()
 
     def _take(self, logits: NDArray[np.float32]) -> str | None:
         """Choose the next token; returns the reason where the text ends with it."""

@@ -46,7 +46,7 @@ class Search:
     """The beams of one text."""
 
     def __init__(self, plan: Plan, text: NDArray[np.int32], mask: NDArray[np.bool_], slots: list[int]) -> None:
-        self.plan, self.text, self.prompt = plan, text, text[mask]
+        self.plan, self.prompt = plan, text[mask]
         self.penalty = float(plan.settings["length_penalty"])
         self.early = plan.settings["early_stopping"]
         self.sampling: Sampling = plan.sampling(0)
@@ -90,7 +90,7 @@ class Search:
         banned = plan.stop_tokens if len(self.beams[0].tokens) < plan.min_new else ()
         rows = []
         for beam, row in zip(self.beams, scores, strict=True):
-            seen = [*self.text.tolist(), *beam.tokens]
+            seen = [*self.prompt.tolist(), *beam.tokens]
             rows.append(processed(row, seen, banned, self.sampling) + beam.score)
         sums = np.stack(rows).astype(np.float32)
         keep = min(max(2, 1 + len(plan.stop_tokens)) * plan.beams, sums.size)

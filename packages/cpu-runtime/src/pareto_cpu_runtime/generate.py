@@ -230,7 +230,6 @@ def _request(
         stop_tokens=plan.stop_tokens,
         stop=whole,
         sampling=plan.sampling(seed),
-        padding=tuple(text[~mask].tolist()),
     )
 
 

@@ -257,7 +257,13 @@ def _format(weight: Matrix | Panels) -> dict[str, Any]:
 
 
 def check_limits(limits: Limits) -> None:
-    """Raise :class:`ConfigError` for limits that no program can have."""
+    """Raise :class:`ConfigError` for limits that no program can have, and kernels that are not here."""
+    rows = native().kernels()
+    names, computes = {row[0] for row in rows if row[2] == "yes"}, {row[1] for row in rows if row[2] == "yes"}
+    if limits.kernel not in {"auto", *names}:
+        raise ConfigError("Runtime", "kernel", limits.kernel, f"here: auto, {', '.join(sorted(names))}")
+    if limits.compute not in {"", *computes}:
+        raise ConfigError("Runtime", "compute", limits.compute, f'here: "", {", ".join(sorted(computes))}')
     for field in ("max_rows", "slots", "length"):
         value = getattr(limits, field)
         if not isinstance(value, int) or value < 1:
