@@ -57,6 +57,7 @@ class PackedMatrix(Config):
     order: Order = "concat"
 
     def validate(self) -> None:
+        """Check ranges."""
         for field in ("n", "k", "group"):
             self.require(field, getattr(self, field) >= 1, "must be at least 1")
         self.require("group", self.k % self.group == 0, f"must divide k = {self.k}")

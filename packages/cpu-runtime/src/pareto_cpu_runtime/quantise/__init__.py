@@ -32,7 +32,7 @@ _HOMES = {
     "import_awq": "imports",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

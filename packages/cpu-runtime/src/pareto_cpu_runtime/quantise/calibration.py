@@ -85,7 +85,7 @@ class Arguments:
     positional: tuple[Any, ...]
     named: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def run(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
         """Return the block's output for ``hidden`` (batch, length, width)."""
         output = block(hidden, *self.positional, **self.named)
         return output[0] if isinstance(output, tuple) else output
@@ -125,9 +125,9 @@ class BlockInputs:
             raise _Reached
 
         final = len(self.blocks) - 1
-        with self._through(lambda index, hidden, _: last if index == final else hidden), _forward(module, take):
-            with contextlib.suppress(_Reached):
-                self.model(input_ids=tokens)
+        blocks = self._through(lambda index, hidden, _: last if index == final else hidden)
+        with blocks, _forward(module, take), contextlib.suppress(_Reached):
+            self.model(input_ids=tokens)
         if not received:
             raise ModelError(f"{type(self.model).__name__} does not run its output embedding after its blocks")
         return received[0]

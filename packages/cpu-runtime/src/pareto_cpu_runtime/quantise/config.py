@@ -27,6 +27,7 @@ class Precision(Config):
     symmetric: bool = True
 
     def validate(self) -> None:
+        """Check ranges."""
         self.require("bits", self.bits in BITS, _BITS_ALLOWED)
         self.require("group_size", self.group_size in (*GROUP_SIZES, "channel"), _GROUPS_ALLOWED)
 
@@ -49,6 +50,7 @@ class Override(Config):
         return dataclasses.replace(precision, **changes)
 
     def validate(self) -> None:
+        """Check ranges."""
         self.applied(Precision())
 
 
@@ -61,6 +63,7 @@ class GPTQConfig(Config):
     activation_order: bool = False
 
     def validate(self) -> None:
+        """Check ranges."""
         self.require("damping", 0.0 < self.damping <= 1.0, "must be above 0 and at most 1")
         self.require("block_columns", 1 <= self.block_columns <= 4096, "must be between 1 and 4096")
 
@@ -74,6 +77,7 @@ class AWQConfig(Config):
     clip_range: float = 0.5
 
     def validate(self) -> None:
+        """Check ranges."""
         self.require("grid", 1 <= self.grid <= 1000, "must be between 1 and 1000")
         self.require("clip_steps", 0 <= self.clip_steps <= 1000, "must be between 0 (no clipping) and 1000")
         self.require("clip_range", 0.0 < self.clip_range < 1.0, "must be above 0 and below 1")
@@ -88,6 +92,7 @@ class TEQConfig(Config):
     batch: int = 8
 
     def validate(self) -> None:
+        """Check ranges."""
         self.require("steps", 1 <= self.steps <= 100_000, "must be between 1 and 100000")
         self.require("learning_rate", 0.0 < self.learning_rate <= 1.0, "must be above 0 and at most 1")
         self.require("batch", 1 <= self.batch <= 1024, "must be between 1 and 1024")
@@ -105,6 +110,7 @@ class RoundingConfig(Config):
     batch: int = 8
 
     def validate(self) -> None:
+        """Check ranges."""
         self.require("steps", 1 <= self.steps <= 100_000, "must be between 1 and 100000")
         rate = self.learning_rate
         self.require("learning_rate", rate is None or 0.0 < rate <= 1.0, "must be above 0 and at most 1, or nothing")
@@ -144,6 +150,7 @@ class QuantisationConfig(Config):
     rounding: RoundingConfig = RoundingConfig()
 
     def validate(self) -> None:
+        """Check ranges."""
         self.require("bits", self.bits in BITS, _BITS_ALLOWED)
         self.require("group_size", self.group_size in (*GROUP_SIZES, "channel"), _GROUPS_ALLOWED)
         for field in ("samples", "length", "batch_size"):

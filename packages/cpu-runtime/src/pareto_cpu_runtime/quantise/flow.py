@@ -132,7 +132,7 @@ class _Flow:
                 of_block = {rows: _as_float(found[index]) for rows, found in arguments.items()}
                 self._one(f"{self.prefix}.{index}", block, hidden, reference, of_block)
             if self.head in self.precisions:
-                self._one_head(hidden, reference)
+                self._one_head(hidden)
         return self.matrices, self.changed
 
     def _row_counts(self) -> set[int]:
@@ -160,11 +160,9 @@ class _Flow:
         found = {local: self.precisions.get(f"{name}.{local}" if local else name) for local in linears(module)}
         local_precisions = {local: precision for local, precision in found.items() if precision is not None}
         stage = Stage(name, module, local_precisions, hidden, reference, arguments, self.rows, self.config)
-        quantised = self.method.quantise_stage(stage) if local_precisions else {}
         if arguments is not None:
-            original = copy.deepcopy(source).float()
-            Stage(name, original, {}, hidden, reference, arguments, self.rows, self.config).outputs(reference)
-            del original
+            stage.outputs(reference)
+        quantised = self.method.quantise_stage(stage) if local_precisions else {}
         for local, matrix in quantised.items():
             stage.set_weight(local, matrix.dequantise())
         self._keep(stage, source, quantised)
@@ -182,14 +180,12 @@ class _Flow:
             if not self.keep_model:
                 _free(self.model, stage.full_name(local))
 
-    def _one_head(self, hidden: torch.Tensor, reference: torch.Tensor) -> None:
+    def _one_head(self, hidden: torch.Tensor) -> None:
         assert self.head is not None
         module = self.model.get_submodule(self.head)
-        streams = []
-        for stream in (hidden, reference):
-            parts = zip(self.tokens.split(self.rows), stream.split(self.rows), strict=True)
-            streams.append(torch.cat([self.inputs.into(module, tokens, part) for tokens, part in parts]))
-        self._one(self.head, module, *streams, None)
+        parts = zip(self.tokens.split(self.rows), hidden.split(self.rows), strict=True)
+        received = torch.cat([self.inputs.into(module, tokens, part) for tokens, part in parts])
+        self._one(self.head, module, received, received, None)
 
 
 def _assemble(

@@ -22,6 +22,7 @@ from pareto_core.errors import ModelError
 USUAL_MULTIPLIER = 2.0**-8
 #: the largest scale over its multiplier lies between these: far from fp16's ends, whose products with codes fit as well
 _LOWEST, _HIGHEST = 2.0**-6, 2.0**7
+_FP16_MAX = 65504.0
 
 
 def store_bits(bits: int) -> int:
@@ -61,7 +62,7 @@ class Grid:
     def real_codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the position of ``weight`` (n, k) on the grid, neither rounded nor clipped."""
         n, k = weight.shape
-        steps = weight.float().view(n, k // self.group, self.group) / _nonzero(self.scales)[..., None]
+        steps = weight.float().reshape(n, k // self.group, self.group) / nonzero(self.scales)[..., None]
         return (steps + self.zeros[..., None]).view(n, k)
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
@@ -85,12 +86,12 @@ class Grid:
 def group_extremes(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the lowest and highest weight of each group, 0 included, fp32 (n, groups)."""
     n, k = weight.shape
-    grouped = weight.float().view(n, k // group, group)
+    grouped = weight.float().reshape(n, k // group, group)
     return grouped.amin(2).clamp_max(0.0), grouped.amax(2).clamp_min(0.0)
 
 
 def multiplier_of(largest: float) -> float:
-    """Return the power of two that scales, of which ``largest`` is the largest in magnitude, are stored as multiples of.
+    """Return the power of two that scales are stored as multiples of; ``largest`` is the largest in magnitude.
 
     The usual one where that keeps them well inside fp16, else the one that brings the largest to between 1 and 2.
     """
@@ -101,7 +102,7 @@ def multiplier_of(largest: float) -> float:
 
 def rounded_scales(scales: torch.Tensor, multiplier: float) -> torch.Tensor:
     """Return fp32 scales as fp16 multiples of ``multiplier`` hold them."""
-    return (scales / multiplier).half().float() * multiplier
+    return (scales / multiplier).clamp(-_FP16_MAX, _FP16_MAX).half().float() * multiplier
 
 
 def make_grid(
@@ -122,12 +123,12 @@ def make_grid(
     else:
         scales = high / (2**bits - 1) - low / (2**bits - 1)  # the difference itself could overflow
     if multiplier is None:
-        multiplier = multiplier_of(float(scales.abs().max()))
+        multiplier = multiplier_of(float(scales.detach().abs().max()))
     scales = rounded_scales(scales, multiplier)
     if symmetric:
         zeros = torch.full_like(scales, float(2 ** (store_bits(bits) - 1)))
     else:
-        zeros = (-low / _nonzero(scales)).round().clamp(0, 2**bits - 1)
+        zeros = (-low / nonzero(scales)).round().clamp(0, 2**bits - 1)
     return Grid(scales, zeros, multiplier, group, bits, symmetric)
 
 
@@ -152,6 +153,6 @@ def check_finite_weight(name: str, weight: torch.Tensor) -> None:
         raise ModelError(f"weight {name} holds NaN or infinite values: the model cannot be quantised")
 
 
-def _nonzero(scales: torch.Tensor) -> torch.Tensor:
-    """Scales with 1 in place of 0: a group of zeros, or one too small to be held."""
+def nonzero(scales: torch.Tensor) -> torch.Tensor:
+    """Return the scales with 1 in place of 0: a group of zeros, or one too small to be held."""
     return torch.where(scales == 0, torch.ones_like(scales), scales)

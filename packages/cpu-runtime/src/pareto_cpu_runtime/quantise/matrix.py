@@ -14,7 +14,7 @@ from pareto_cpu_runtime.quantise.grid import Grid, code_range, store_bits
 
 @dataclasses.dataclass(frozen=True)
 class QuantisedLinear:
-    """The weight of y = x W^T as codes: W = multiplier * scales * (codes - zeros), each group of inputs on its own scale.
+    """The weight of y = x W^T as codes: W = multiplier * scales * (codes - zeros), a scale for each group of inputs.
 
     ``codes`` uint8 (n, k), ``scales`` fp16 (n, k / group), ``zeros`` uint8 (n, k / group) or None where symmetric (then
     the zero is 8 for 3 and 4 bits, 128 for 8). Raises :class:`ModelError` where the parts do not fit together.

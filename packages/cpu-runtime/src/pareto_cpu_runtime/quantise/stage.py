@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,15 @@ from torch import nn
 
 from pareto_cpu_runtime.quantise.calibration import Arguments
 from pareto_cpu_runtime.quantise.config import Precision, QuantisationConfig
-from pareto_cpu_runtime.quantise.operators import linears, set_weight, weight_of
+from pareto_cpu_runtime.quantise.operators import is_linear, linears, set_weight, weight_of
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGroup:
+    """Operators of a block that read the same tensor, and the norm that gives it, None where none does."""
+
+    norm: str | None
+    operators: tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -21,15 +29,16 @@ class Stage:
 
     ``module`` is a copy of the block in fp32 that a method may change; ``source`` the block as it was given.
     ``precisions`` holds, by name within the block, how each operator is quantised. ``inputs`` (samples, length, width)
-    come from the quantised blocks before, ``reference`` from the original ones. ``arguments`` maps a number of rows
-    to the block's other arguments for so many; None for an operator of its own.
+    come from the quantised blocks before; ``targets`` are what the original block gives on what the original blocks
+    before it give. ``arguments`` maps a number of rows to the block's other arguments for so many; None for an
+    operator of its own (whose targets are of no meaning).
     """
 
     name: str
     module: nn.Module
     precisions: Mapping[str, Precision]
     inputs: torch.Tensor
-    reference: torch.Tensor
+    targets: torch.Tensor
     arguments: Mapping[int, Arguments] | None
     rows: int
     config: QuantisationConfig
@@ -43,12 +52,37 @@ class Stage:
         """Return the operators to be quantised by name within the block."""
         return {name: module for name, module in linears(self.module).items() if name in self.precisions}
 
+    def all_operators(self) -> list[str]:
+        """Return the names of the block's operators, those that are left out among them."""
+        return list(linears(self.module))
+
+    def input_groups(self) -> list[InputGroup]:
+        """Return which operators have the same inputs, and which norm makes them."""
+        inputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
+        handles = []
+        for name, module in self.module.named_modules():
+            if is_linear(module):
+                handles.append(module.register_forward_pre_hook(_keeper(inputs, name)))
+            elif "norm" in type(module).__name__.lower() and name:
+                handles.append(module.register_forward_hook(_output_keeper(outputs, name)))
+        with torch.no_grad():
+            self.call(self.module, self.inputs[: self.rows].float())
+        for handle in handles:
+            handle.remove()
+        # All tensors are held until here, so that equal addresses mean equal tensors.
+        norms = {tensor.data_ptr(): name for name, tensor in outputs.items()}
+        groups: dict[int, list[str]] = {}
+        for name, tensor in inputs.items():
+            groups.setdefault(tensor.data_ptr(), []).append(name)
+        return [InputGroup(norms.get(address), tuple(names)) for address, names in groups.items()]
+
     def full_name(self, operator: str) -> str:
         """Return the operator's name in the model."""
         return f"{self.name}.{operator}" if operator else self.name
 
-    def call(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the output of ``module`` (the block or one like it) for rows of hidden states."""
+    def call(self, module: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
+        """Return the output of ``module`` (the block or one like it) for rows of hidden states, fp32."""
         if self.arguments is None:
             output: torch.Tensor = module(hidden)
             return output
@@ -65,7 +99,7 @@ class Stage:
                 part.copy_(self.call(self.module, part.float()))
         return hidden
 
-    def each_input(self, visit: Callable[[str, torch.Tensor], None], names: Mapping[str, Any] | None = None) -> None:
+    def each_input(self, visit: Callable[[str, torch.Tensor], None], names: Sequence[str] | None = None) -> None:
         """Run the block over its inputs; ``visit`` gets each operator's name and inputs (tokens, k) in fp32.
 
         ``names`` are the operators to look at, by default those to be quantised.
@@ -96,3 +130,17 @@ def _watched(module: nn.Module, name: str, visit: Callable[[str, torch.Tensor], 
         yield
     finally:
         handle.remove()
+
+
+def _keeper(kept: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        kept[name] = args[0]
+
+    return hook
+
+
+def _output_keeper(kept: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        kept[name] = output
+
+    return hook

@@ -1,0 +1,80 @@
+"""AWQ: channels that see large activations are scaled up before rounding, and weights clipped where that helps.
+
+J. Lin, J. Tang, H. Tang, S. Yang, W.-M. Chen, W.-C. Wang, G. Xiao, X. Dang, C. Gan, S. Han, "AWQ: Activation-aware
+Weight Quantization for LLM Compression and Acceleration", 2023, https://arxiv.org/abs/2306.00978.
+
+Symbols: s_X the mean magnitude of each input channel; s = s_X^alpha its scale, normalised by sqrt(max s * min s) as in
+the released code; L the error of the outputs. L is not taken on samples but, over all of the calibration, from the
+second moments of the inputs. It is the sum over the operators that share their inputs, where the released code runs the
+module around them. Operators whose scale finds no place in a norm or an operator before them are clipped only.
+The ratios of clipping are chosen per output and group, and kept where they lower the error of the whole operator.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pareto_cpu_runtime.quantise.config import AWQConfig, Precision
+from pareto_cpu_runtime.quantise.equivalent import Fold, apply, find_folds
+from pareto_cpu_runtime.quantise.grid import Grid, group_extremes, make_grid, weight_grid
+from pareto_cpu_runtime.quantise.matrix import QuantisedLinear
+from pareto_cpu_runtime.quantise.moments import Moments, collect
+from pareto_cpu_runtime.quantise.stage import Stage
+
+
+def quantise_stage(stage: Stage) -> dict[str, QuantisedLinear]:
+    """Scale what can be scaled, in place, then clip and round each operator of the stage."""
+    moments = collect(stage, [group.operators for group in stage.input_groups()])
+    for fold in find_folds(stage):
+        scales = search_scales(stage, fold, moments[fold.operators[0]])
+        apply(stage, fold, scales)
+        scaled = moments[fold.operators[0]].scaled(scales)
+        moments.update(dict.fromkeys(fold.operators, scaled))
+    return {
+        name: clipped(stage.weight(name), moments[name], precision, stage.config.awq)
+        for name, precision in stage.precisions.items()
+    }
+
+
+def search_scales(stage: Stage, fold: Fold, moments: Moments) -> torch.Tensor:
+    """Return the best s (k,) of those that alpha in [0, 1) gives; alpha = 0 scales nothing."""
+    operators = [(stage.weight(n), stage.precisions[n]) for n in fold.operators if n in stage.precisions]
+    best = torch.ones_like(moments.mean)
+    best_error = float("inf")
+    for point in range(stage.config.awq.grid):
+        # Eq. (5): s = s_X^alpha
+        scales = moments.mean.clamp_min(1e-4) ** (point / stage.config.awq.grid)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        # Eq. (4): L(s) = |Q(W diag(s)) (diag(s)^-1 X) - W X|
+        error = sum(moments.error(_rounded(w * scales, p) / scales - w) for w, p in operators)
+        if error < best_error:
+            best, best_error = scales, error
+    return best
+
+
+def clipped(weight: torch.Tensor, moments: Moments, precision: Precision, config: AWQConfig) -> QuantisedLinear:
+    """Round ``weight`` (n, k) on the grids that leave the least error, each group's extremes shrunk by a ratio."""
+    group = precision.group(weight.shape[1])
+    plain = weight_grid(weight, group, precision.bits, precision.symmetric)
+    low, high = group_extremes(weight, group)
+    best = torch.ones_like(low)
+    least = moments.group_errors(_change(plain, weight), group)
+    for step in range(1, config.clip_steps + 1):
+        ratio = 1.0 - config.clip_range * step / config.clip_steps
+        grid = make_grid(low * ratio, high * ratio, group, precision.bits, precision.symmetric, plain.multiplier)
+        errors = moments.group_errors(_change(grid, weight), group)
+        best = torch.where(errors < least, ratio, best)
+        least = torch.minimum(errors, least)
+    shrunk = make_grid(low * best, high * best, group, precision.bits, precision.symmetric, plain.multiplier)
+    better = moments.error(_change(shrunk, weight)) < moments.error(_change(plain, weight))
+    grid = shrunk if better else plain
+    return QuantisedLinear.of(grid, grid.codes(weight))
+
+
+def _change(grid: Grid, weight: torch.Tensor) -> torch.Tensor:
+    return grid.values(grid.codes(weight)) - weight
+
+
+def _rounded(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
+    grid = weight_grid(weight, precision.group(weight.shape[1]), precision.bits, precision.symmetric)
+    return grid.values(grid.codes(weight))
