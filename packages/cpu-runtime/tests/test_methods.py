@@ -13,6 +13,7 @@ from pareto_core.byte_llama import Recipe, train
 from pareto_core.tasks.byte_text import ByteText
 from pareto_core.testing import TinyTask, check_config, check_method, entry_point_methods, load_method
 from pareto_core.weights import weight_bytes
+from pareto_cpu_runtime.auto_int4 import AutoInt4
 from pareto_cpu_runtime.baselines import TorchBF16, TorchFP32, TorchInt4
 from pareto_cpu_runtime.deployed import CodesLinear, DeployedRuntime
 from pareto_cpu_runtime.methods import AWQ, GPTQ, RTN, TEQ, AutoRound, Int4, SignRound
@@ -137,7 +138,7 @@ def test_a_layer_of_codes_computes_what_its_weight_does(
 
 def test_encoders_are_deployed_in_torch_alone(tmp_path: Path) -> None:
     task = TinyTask(hidden=64)
-    with pytest.raises(UnsupportedError, match="has no architecture 'bert'.*engine = \"torch\" has any"):
+    with pytest.raises(UnsupportedError, match=r"has no architecture .bert.*engine = .torch. has any"):
         made(RTN(), task)  # type: ignore[arg-type]
     method = RTN(engine="torch", bits=8)
     deployed = made(method, task)  # type: ignore[arg-type]
@@ -186,3 +187,22 @@ def test_bad_fields_are_refused_by_name(task: ByteText) -> None:
         made(dataclasses.replace(RTN(**QUICK), group_size=256), task)
     with pytest.raises(DataError, match="not a packed model"):
         RTN().load(Path("/nonexistent"))
+
+
+def test_the_search_stops_at_the_target(task: ByteText, tmp_path: Path) -> None:
+    method = AutoInt4(max_relative_loss=0.5, group_sizes=(64, 32), samples=8, length=32, max_length=96, threads=1)
+    deployed = made(method, task)
+    assert [trial["name"] for trial in deployed.search["trials"]] == ["rtn-g64"]
+    figures = {item.name: item.value for item in method.figures(deployed)}
+    plain: Any = task.backbone()
+    source = task.score(task.records(plain, "dev"))["bits_per_byte"]
+    assert figures["trial.1.rtn-g64"] == pytest.approx(source * (1 + figures["search_loss_percent"] / 100))
+    assert figures["search_target_reached"] == 1.0
+    method.save(deployed, tmp_path)
+    inputs = next(iter(task.batches("test", 2, 0)))["input_ids"]
+    loaded = method.load(tmp_path)
+    assert torch.equal(loaded(input_ids=inputs).logits, deployed(input_ids=inputs).logits)
+    assert method.figures(loaded) == method.figures(deployed)
+    for wrong in ({"max_relative_loss": 1.5}, {"group_sizes": []}, {"group_sizes": [32, 32]}, {"samples": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            AutoInt4.from_json(wrong)

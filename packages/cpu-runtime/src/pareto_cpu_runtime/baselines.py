@@ -50,9 +50,14 @@ class TorchBF16(TorchFP32):
 
     def finish(self, model: nn.Module, task: Task) -> Any:
         """Round the weights to bf16."""
-        import torch
+        return _in_bf16(model).eval()
 
-        return model.to(torch.bfloat16).eval()
+    def load(self, directory: Path) -> Any:
+        """Read a transformers model in bf16; raises :class:`DataError` where files are missing or do not fit."""
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise DataError(f"no config.json in {directory}: not a saved model")
+        return _filled(_empty(directory, str(json.loads(path.read_text())["architectures"][0])), directory)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,7 @@ class TorchInt4(TorchFP32):
         for name in self.leave_out:
             if name not in names:
                 raise ModelError(f"leave_out: the model has no linear layer {name!r}")
-        model = model.to(torch.bfloat16).eval()
+        model = _in_bf16(model).eval()
         if not _replace(model, self.group_size, lambda name, module: name not in self.leave_out):
             raise ModelError(f"{type(model).__name__} has no linear layer that groups of {self.group_size} divide")
         return model
@@ -103,23 +108,42 @@ class TorchInt4(TorchFP32):
 
     def load(self, directory: Path) -> Any:
         """Read what :meth:`save` wrote; raises :class:`DataError` where it is missing or does not fit."""
-        import torch
-        from safetensors.torch import load_model
-        from transformers import AutoConfig
-
-        from pareto_cpu_runtime.quantise.restore import model_class
-
         path = Path(directory) / _DESCRIPTION
         if not path.is_file():
             raise DataError(f"no {_DESCRIPTION} in {directory}: not a model of this method")
         description = json.loads(path.read_text())
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        model: Any = model_class(description["architecture"])._from_config(config, dtype=torch.bfloat16)
+        model = _empty(directory, description["architecture"])
         _replace(model, description["group_size"], lambda name, module: name in description["layers"])
-        missing, unexpected = load_model(model, directory / "model.safetensors", strict=False)
-        if missing or unexpected:
-            raise DataError(f"{directory}: missing weights {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
-        return model.requires_grad_(False).eval()
+        return _filled(model, directory)
+
+
+def _in_bf16(model: Any) -> Any:
+    """Round the weights, in place; computed buffers (rotary frequencies) stay in fp32, as transformers has them."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _empty(directory: Path, architecture: str) -> Any:
+    """A model of the saved configuration in bf16, its weights yet to be read."""
+    import torch
+    from transformers import AutoConfig
+
+    from pareto_cpu_runtime.quantise.restore import model_class
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    return model_class(architecture)._from_config(config, dtype=torch.bfloat16)
+
+
+def _filled(model: Any, directory: Path) -> Any:
+    from safetensors.torch import load_model
+
+    missing, unexpected = load_model(model, Path(directory) / "model.safetensors", strict=False)
+    if missing or unexpected:
+        raise DataError(f"{directory}: missing weights {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
+    return model.requires_grad_(False).eval()
 
 
 def _held(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
