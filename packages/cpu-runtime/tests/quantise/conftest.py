@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
-FAMILIES = ["llama", "mistral", "qwen2", "gptj", "neox", "mpt", "mpt-no-bias", "falcon", "falcon-alibi", "phi"]
+FAMILIES = ["llama", "mistral", "qwen2", "gptj", "neox", "mpt", "falcon", "falcon-alibi", "phi"]
 OTHERS = ["llama-tied", "gpt2", "bert"]
 VOCABULARY, WIDTH = 64, 64
 
@@ -38,8 +38,7 @@ def make_model(kind: str, layers: int = 2, seed: int = 0, width: int = WIDTH) ->
         "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**llama)),
         "gptj": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**gpt, rotary_dim=8)),
         "neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**neox)),
-        "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(**mpt, no_bias=False)),
-        "mpt-no-bias": lambda: tf.MptForCausalLM(tf.MptConfig(**mpt)),
+        "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(**mpt)),
         "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**falcon, multi_query=True)),
         "falcon-alibi": lambda: tf.FalconForCausalLM(
             tf.FalconConfig(**falcon, alibi=True, multi_query=False, parallel_attn=False, bias=True)

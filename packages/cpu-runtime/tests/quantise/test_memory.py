@@ -1,0 +1,50 @@
+"""Quantising goes layer by layer: its peak over the source model, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+_CODE = """
+import sys
+from pathlib import Path
+import torch, transformers as tf
+from pareto_cpu_runtime.checkpoint import save_packed
+from pareto_cpu_runtime.quantise.config import QuantisationConfig
+from pareto_cpu_runtime.quantise.flow import quantise
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def model_of(layers, width):
+    return tf.LlamaForCausalLM(tf.LlamaConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=64,
+    ))
+
+torch.set_num_threads(1)
+config = QuantisationConfig(method=sys.argv[1], group_size=128, samples=4, length=32)
+tokens = torch.randint(0, 64, (4, 32))
+quantise(model_of(1, 128), tokens, config).dequantise()(tokens)  # libraries load and allocate once
+model = model_of(40, 256)
+source = sum(p.numel() * 4 for p in model.parameters())
+before = status("VmRSS:")
+Path("/proc/self/clear_refs").write_text("5")
+quantised = quantise(model, tokens, config)
+save_packed(quantised, Path(sys.argv[2]))
+print((status("VmHWM:") - before) / source)
+"""
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_peak_is_at_most_a_quarter_of_the_source(method: str, tmp_path: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _CODE, method, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    share = float(done.stdout)
+    print(share)
+    assert 0.05 < share < 0.25  # codes alone are an eighth of fp32 weights
