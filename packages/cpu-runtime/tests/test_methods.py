@@ -206,3 +206,17 @@ def test_the_search_stops_at_the_target(task: ByteText, tmp_path: Path) -> None:
     for wrong in ({"max_relative_loss": 1.5}, {"group_sizes": []}, {"group_sizes": [32, 32]}, {"samples": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             AutoInt4.from_json(wrong)
+
+
+def test_two_processes_answer_as_one_does(task: ByteText) -> None:
+    pytest.importorskip("pareto_cpu_runtime.parallel")
+    fields = {name: value for name, value in QUICK.items() if name != "threads"}
+    inputs = next(iter(task.batches("test", 1, 0)))["input_ids"]
+    alone = made(RTN(**fields, compute="fp32"), task)(input_ids=inputs).logits
+    shared = made(RTN(**fields, compute="fp32", ranks=2), task)
+    try:
+        assert float((shared(input_ids=inputs).logits - alone).abs().max()) < 1e-3 * float(alone.abs().max())
+    finally:
+        shared.runtime.close()
+    with pytest.raises(ConfigError, match="ranks = 2: above 1 needs the runtime"):
+        RTN(ranks=2, engine="torch")

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class AutoInt4(Serving):
     """The first recipe whose relative loss is at most ``max_relative_loss``, else the one that loses least.
 
-    Recipes are those of :func:`~pareto_cpu_runtime.quantise.auto.default_recipes` at ``group_sizes``, each calibrated on
-    ``samples`` rows of ``length`` tokens.
+    Recipes are those of :func:`~pareto_cpu_runtime.quantise.auto.default_recipes` at ``group_sizes``, each calibrated
+    on ``samples`` rows of ``length`` tokens.
     """
 
     max_relative_loss: float = 0.01

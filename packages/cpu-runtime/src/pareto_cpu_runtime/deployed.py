@@ -114,7 +114,8 @@ def torch_model(packed: PackedModel, files: PackedFiles) -> Any:
 
 
 def deploy(files: PackedFiles, engine: str, **options: Any) -> Any:
-    """Load a packed directory into the ``engine``: ``runtime`` or ``torch``; ``options`` are the runtime's.
+    """Load a packed directory into the ``engine``: ``runtime`` or ``torch``; ``options`` are the runtime's, ``ranks`` among
+    them where several processes share it.
 
     Raises :class:`UnsupportedError` where the runtime lacks the architecture, and :class:`DataError` for damaged files.
     """
@@ -125,4 +126,8 @@ def deploy(files: PackedFiles, engine: str, **options: Any) -> Any:
         raise UnsupportedError(
             f'the runtime has no architecture {kind!r} (it has {", ".join(sorted(FAMILIES))}); engine = "torch" has any'
         )
+    if "ranks" in options:
+        from pareto_cpu_runtime.parallel import ParallelRuntime
+
+        return DeployedRuntime(ParallelRuntime(files.directory, **options), files)
     return DeployedRuntime(Runtime.from_pretrained(files.directory, **options), files)

@@ -45,7 +45,7 @@ class Serving(Method):
     ``engine`` is the native ``runtime``, or ``torch`` for architectures that it has not (encoders). ``kernel`` and
     ``compute`` narrow the choice of kernels, ``cache_dtype`` is the KV cache's, ``max_length`` its tokens (default: the
     model's positions, at most 2048), ``threads`` default to torch's; ``memory`` says whether weights are read or
-    mapped.
+    mapped. With ``ranks`` above 1 so many processes share the matrices and the CPUs (tensor parallelism).
     """
 
     paper: ClassVar[Paper | None] = CHAPTER
@@ -57,6 +57,7 @@ class Serving(Method):
     cache_dtype: Literal["fp32", "bf16", "int8"] = "bf16"
     max_length: int | None = None
     threads: int | None = None
+    ranks: int = 1
     memory: Literal["read", "map"] = "read"
 
     def validate(self) -> None:
@@ -64,6 +65,9 @@ class Serving(Method):
         for field in ("max_length", "threads"):
             value = getattr(self, field)
             self.require(field, value is None or value > 0, "must be above 0")
+        self.require("ranks", self.ranks > 0, "must be above 0")
+        alone = self.ranks == 1 or (self.engine == "runtime" and self.threads is None and self.memory == "read")
+        self.require("ranks", alone, "above 1 needs the runtime, and takes neither threads nor memory")
         self.require("kernel", bool(self.kernel), 'must not be empty ("auto" chooses)')
 
     def build(
@@ -83,7 +87,8 @@ class Serving(Method):
 
         options: dict[str, Any] = {}
         if self.engine == "runtime":
-            names = ("kernel", "compute", "cache_dtype", "max_length", "threads", "memory")
+            names = ["kernel", "compute", "cache_dtype", "max_length"]
+            names += ["threads", "memory"] if self.ranks == 1 else ["ranks"]
             options = {name: getattr(self, name) for name in names}
         return deploy(files, self.engine, **options)
 
