@@ -151,6 +151,17 @@ def test_encoders_are_deployed_in_torch_alone(tmp_path: Path) -> None:
     assert sum(isinstance(module, CodesLinear) for module in deployed.modules()) == 2 * 6
 
 
+@pytest.mark.parametrize("method", CALIBRATED, ids=lambda method: method.algorithm)
+def test_encoders_are_calibrated_too(method: Int4) -> None:
+    task = TinyTask(hidden=64)
+    deployed = made(dataclasses.replace(method, engine="torch", length=12), task)  # type: ignore[arg-type]
+    batch = next(iter(task.batches("test", 8, 0)))
+    plain: Any = task.frozen_backbone()
+    a, b = deployed(**batch).logits, plain.eval()(**batch).logits
+    assert 0 < float((a - b).abs().max()) < 0.5 * float(b.abs().max())
+    assert sum(isinstance(module, CodesLinear) for module in deployed.modules()) == 2 * 6
+
+
 def test_torch_int4_is_close_and_small(task: ByteText, tmp_path: Path) -> None:
     model = task.frozen_backbone()
     inputs = next(iter(task.batches("test", 2, 0)))["input_ids"]

@@ -114,8 +114,8 @@ def torch_model(packed: PackedModel, files: PackedFiles) -> Any:
 
 
 def deploy(files: PackedFiles, engine: str, **options: Any) -> Any:
-    """Load a packed directory into the ``engine``: ``runtime`` or ``torch``; ``options`` are the runtime's, ``ranks`` among
-    them where several processes share it.
+    """Load a packed directory into the ``engine``: ``runtime`` or ``torch``; ``options`` are the runtime's,
+    ``ranks`` among them where several processes share it.
 
     Raises :class:`UnsupportedError` where the runtime lacks the architecture, and :class:`DataError` for damaged files.
     """
