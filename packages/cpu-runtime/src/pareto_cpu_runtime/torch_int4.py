@@ -27,7 +27,9 @@ class Int4PackLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply ``x`` (..., in_features) in bf16."""
         rows = x.reshape(-1, self.in_features)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales_and_zeros)
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self.packed, self.group, self.scales_and_zeros
+        )
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

@@ -134,7 +134,7 @@ class ByteText(Task):
                     f"task {self.name}: {len(windows)} training windows do not fill a batch of {batch_size}"
                 )
             order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-        for chunk in order.split(batch_size):
+        for chunk in torch.split(order, batch_size):
             if split != "train" or len(chunk) == batch_size:
                 yield self._batch(windows[chunk])
 

@@ -80,7 +80,8 @@ class Geometry(Task):
 
         if self.model is not None:
             return from_pretrained(AutoConfig, self.model)
-        return LlamaConfig(**GEOMETRIES[self.geometry], bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        shape: Mapping[str, Any] = GEOMETRIES[self.geometry]
+        return LlamaConfig(**shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
     @property
     def spec(self) -> TaskSpec:
@@ -114,8 +115,10 @@ class Geometry(Task):
 
     def batches(self, split: Split, batch_size: int, seed: int) -> Iterator[Batch]:
         """Yield ``input_ids`` and ``labels`` (batch, length), in the same order each time."""
+        import torch
+
         texts = self._tokens(split, self.items * self.length).view(self.items, self.length)
-        for chunk in texts.split(batch_size):
+        for chunk in torch.split(texts, batch_size):
             if split != "train" or len(chunk) == batch_size:
                 yield {"input_ids": chunk, "labels": chunk.clone()}
 

@@ -118,7 +118,7 @@ class Harness(Task):
         order = torch.arange(len(rows))
         if split == "train":
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        for chunk in order.split(batch_size):
+        for chunk in torch.split(order, batch_size):
             if split != "train" or len(chunk) == batch_size:
                 yield {"input_ids": rows[chunk], "labels": rows[chunk].clone()}
 
