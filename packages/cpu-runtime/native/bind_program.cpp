@@ -150,6 +150,7 @@ void bind_program(nb::module_& module) {
       .def("run", &run, "tokens"_a, "slots"_a, "positions"_a, "want"_a, "logits"_a)
       .def_prop_ro("planned_bytes", [](const Decoder& decoder) { return decoder.program.planned_bytes(); });
   bind_attention(module, program);
+  bind_all_reduce(module, program);
 }
 
 }  // namespace pareto

@@ -29,4 +29,7 @@ const float* vector_of(Decoder& decoder, const std::optional<Floats>& values, in
 // Adds attention, caches and sampling to the module and to its class of programs.
 void bind_attention(nb::module_& module, nb::class_<Decoder>& program);
 
+// Adds exchanges between processes and the step that sums over them.
+void bind_all_reduce(nb::module_& module, nb::class_<Decoder>& program);
+
 }  // namespace pareto

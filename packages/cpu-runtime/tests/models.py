@@ -24,7 +24,10 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama3": (tf.LlamaConfig, {**LLAMA, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama-bias": (tf.LlamaConfig, {**LLAMA, "attention_bias": True, "mlp_bias": True, "head_dim": 8}),
     # A feed-forward width that panels of gates do not divide.
-    "llama-odd": (tf.LlamaConfig, {**LLAMA, "intermediate_size": 80, "num_attention_heads": 8, "num_key_value_heads": 1}),
+    "llama-odd": (
+        tf.LlamaConfig,
+        {**LLAMA, "intermediate_size": 80, "num_attention_heads": 8, "num_key_value_heads": 1},
+    ),
     "mistral": (tf.MistralConfig, {**LLAMA, "sliding_window": 7, "head_dim": 24}),
     "qwen2": (tf.Qwen2Config, LLAMA),
     "qwen2-window": (
@@ -37,8 +40,15 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gptj": (
         tf.GPTJConfig,
         {
-            "vocab_size": 99, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8,
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "vocab_size": 99,
+            "n_positions": 128,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "rotary_dim": 8,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
         },
     ),
     "gpt_neox": (tf.GPTNeoXConfig, {**WIDTH, **COMMON, "intermediate_size": 96}),
@@ -48,8 +58,15 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "mpt": (
         tf.MptConfig,
-        {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 99, "max_seq_len": 128, "eos_token_id": 2,
-         "pad_token_id": 0},
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "vocab_size": 99,
+            "max_seq_len": 128,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
     ),
     "mpt-heads": (
         tf.MptConfig,
@@ -82,10 +99,10 @@ def tiny(kind: str, seed: int = 0) -> Any:
 
 
 def quantised_tiny(kind: str, seed: int = 0) -> tuple[Any, Any]:
-    """A tiny model, and a copy of it in torch that holds the weights which the runtime makes of it (INT4, groups of 32)."""
+    """A tiny model, and a copy of it in torch with the weights that the runtime makes of it (INT4, groups of 32)."""
     from pareto_cpu_runtime.families import describe
-    from pareto_cpu_runtime.sources import StateSource
     from pareto_cpu_runtime.runtime import _precision
+    from pareto_cpu_runtime.sources import StateSource
 
     model, rounded = tiny(kind, seed), tiny(kind, seed)
     source = StateSource(model.config, model.state_dict(), _precision("int4"))

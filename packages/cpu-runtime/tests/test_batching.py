@@ -49,8 +49,9 @@ def test_four_hundred_requests_that_join_and_leave_get_what_they_get_alone(runti
     engine, draw = Engine(runtime), random.Random(1)
     handles, waiting, cancelled = [], list(asked), set()
     while waiting or not all(handle.done for handle in handles):
-        for _ in range(min(len(waiting), draw.choice([0, 0, 1, 5]))):
-            handles.append(engine.submit(waiting.pop(0)))
+        joining = draw.choice([0, 0, 1, 5])
+        handles += [engine.submit(request) for request in waiting[:joining]]
+        waiting = waiting[joining:]
         engine.step()
         if draw.random() < 0.05 and handles:
             number = draw.randrange(len(handles))
@@ -79,7 +80,10 @@ def test_logits_of_a_row_do_not_depend_on_the_rows_beside_it(runtime):
     slots = np.repeat(np.array([2, 1], np.int32), 20)
     both = runtime.forward(beside, slots, np.tile(positions, 2), np.arange(20, 40, dtype=np.int32))
     assert np.array_equal(alone, both)
-    one = [runtime.forward(text[i : i + 1], np.full(1, 3, np.int32), positions[i : i + 1], np.zeros(1, np.int32)) for i in range(20)]
+    one = [
+        runtime.forward(text[i : i + 1], np.full(1, 3, np.int32), positions[i : i + 1], np.zeros(1, np.int32))
+        for i in range(20)
+    ]
     assert np.array_equal(alone, np.concatenate(one))
 
 
@@ -145,7 +149,10 @@ def test_sampling_draws_from_the_models_distribution(runtime):
     logits = runtime.forward(text, np.zeros(3, np.int32), np.arange(3, dtype=np.int32), np.array([2], np.int32))[0]
     sampling = Sampling(do_sample=True, top_k=5, temperature=0.7)
     engine = Engine(runtime)
-    made = [Request(tokens=text, max_new_tokens=1, sampling=Sampling(**{**sampling.to_json(), "seed": s})) for s in range(600)]
+    made = [
+        Request(tokens=text, max_new_tokens=1, sampling=Sampling(**{**sampling.to_json(), "seed": s}))
+        for s in range(600)
+    ]
     handles = [engine.submit(request) for request in made]
     engine.run()
     counts = np.bincount([handle.tokens[0] for handle in handles], minlength=99)

@@ -75,8 +75,12 @@ def test_rotary_frequencies_that_change_with_length_hold_up_to_the_trained_lengt
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("model.embed_tokens.weight", "nan"), ("model.layers.1.mlp.up_proj.weight", "nan"),
-     ("model.layers.0.input_layernorm.weight", "inf"), ("model.norm.weight", "nan")],
+    [
+        ("model.embed_tokens.weight", "nan"),
+        ("model.layers.1.mlp.up_proj.weight", "nan"),
+        ("model.layers.0.input_layernorm.weight", "inf"),
+        ("model.norm.weight", "nan"),
+    ],
 )
 def test_weights_that_are_not_finite_are_named(name, value):
     model = tiny("llama")

@@ -303,6 +303,28 @@ def test_packed_directories_compute_what_the_model_does(tmp_path, kind, memory, 
     assert torch.equal(Runtime.from_pretrained(tmp_path, memory=memory)(input_ids=ids).logits, expected)
 
 
+def test_reading_a_packed_model_takes_its_size_once(tmp_path):
+    from pareto_cpu_runtime.memory import Arena, move
+
+    path = tmp_path / "bytes"
+    content = np.random.default_rng(0).integers(0, 256, 40 << 20, dtype=np.uint8)
+    content.tofile(path)
+    mapped = np.memmap(path, dtype=np.uint8, mode="c")
+    odd = mapped[77 : len(mapped) - 5]
+    target = Arena().take(len(odd))
+    before = file_pages()
+    move(odd, target)
+    assert np.array_equal(target, content[77:-5])
+    assert file_pages() - before < 2 << 20
+    assert np.array_equal(mapped, content)
+
+
+def file_pages():
+    """Bytes of mapped files that this process holds in memory."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssFile"))
+
+
 def test_a_damaged_packed_directory_is_named(tmp_path):
     from pareto_cpu_runtime.checkpoint import save_packed
 

@@ -16,5 +16,5 @@ def native() -> Any:
         return importlib.import_module("pareto_cpu_runtime._native")
     except ImportError as error:
         raise UnsupportedError(
-            f"the native library cannot be loaded ({error}): install pareto-cpu-runtime on x86-64 Linux, not its sources"
+            f"the native library cannot be loaded ({error}): install the package on x86-64 Linux, not its sources"
         ) from error

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Request:
     """One text to continue.
 
-    ``tokens`` the prompt; ``stop_tokens`` end the text and are part of it; ``stop`` is asked after every token, with the
-    new tokens so far, whether the text ends there.
+    ``tokens`` the prompt; ``stop_tokens`` end the text and are part of it; ``stop`` is asked after every token, with
+    the new tokens so far, whether the text ends there.
     """
 
     tokens: Sequence[int]
@@ -74,13 +74,15 @@ class Handle:
         return self.tokens
 
     def __iter__(self) -> Iterator[int]:
-        given = 0
-        while True:
+        given, ended = 0, False
+        while not ended:
+            # Asked before the tokens are looked at: another thread may bring the last ones meanwhile.
+            ended = self.done
             while given < len(self.tokens):
                 yield self.tokens[given]
                 given += 1
-            if self.done or not self._engine.step():
-                break
+            if not ended:
+                self._engine.step()
         if self.error is not None:
             raise self.error
 

@@ -1,8 +1,8 @@
 """Beam search with the results of transformers' ``generate``: the beams of a text in slots of the cache.
 
 Of all continuations of a text's beams, the best (stop tokens + 1) * beams are looked at. Those that stop are kept as
-results, scored by log-probability / new tokens ** length_penalty; the best of the others go on. A beam that is continued
-once stays in its slot; further continuations take the slots of beams that died, with a copy of the cache.
+results, scored by log-probability / new tokens ** length_penalty; the best of the others go on. The first continuation
+of a beam stays in its slot; further ones take the slots of beams that died, with a copy of the cache.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ class Search:
         longest = self.plan.max_new if self.early == "never" and self.penalty > 0 else new
         return bool(best / longest**self.penalty > min(found.score for found in self.found))
 
-    def _placed(
-        self, going: list[tuple[int, tuple[int, ...], np.float32]], runtime: Runtime, held: int
-    ) -> list[Beam]:
+    def _placed(self, going: list[tuple[int, tuple[int, ...], np.float32]], runtime: Runtime, held: int) -> list[Beam]:
         """Beams with slots: the first continuation of a beam stays, the others get copies of its ``held`` tokens."""
         parents = [self.beams[parent].slot for parent, _, _ in going]
         free = [slot for slot in self.slots if slot not in parents]
@@ -141,9 +139,7 @@ class Search:
         return placed
 
 
-def beam_search(
-    runtime: Runtime, texts: NDArray[np.int32], masks: NDArray[np.bool_], plan: Plan
-) -> NDArray[np.int64]:
+def beam_search(runtime: Runtime, texts: NDArray[np.int32], masks: NDArray[np.bool_], plan: Plan) -> NDArray[np.int64]:
     """Continue each text by ``plan.beams`` beams; as many texts run together as there are free slots for."""
     for text, mask in zip(texts, masks, strict=True):
         runtime.check_tokens(text[mask])

@@ -1,4 +1,4 @@
-"""A drop-in for ``model.generate``: a transformers model generates on the native kernels for as long as a block lasts."""
+"""A drop-in for ``model.generate``: a transformers model generates on the native kernels within a block."""
 
 from __future__ import annotations
 

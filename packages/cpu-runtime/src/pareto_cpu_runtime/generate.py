@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pareto_core.errors import ConfigError, DataError, UnsupportedError, suggest
-from pareto_cpu_runtime.batching import Request
+from pareto_cpu_runtime.batching import Handle, Request
 from pareto_cpu_runtime.runtime import Runtime, token_arrays
 from pareto_cpu_runtime.sampling import Sampling
 
@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 }
 #: fields of a generation config that ask for nothing when they have one of these values
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_cache": (True,),
+    "use_cache": (True, False),
     "bos_token_id": (),
     "decoder_start_token_id": (),
     "transformers_version": (),
@@ -235,10 +235,11 @@ def _request(
 
 def _run(runtime: Runtime, requests: list[Request], streamer: Any) -> list[list[int]]:
     put = None if streamer is None else lambda token: streamer.put(_tensor(np.array([token], dtype=np.int64)))
-    handles = []
+    handles: list[Handle] = []
     try:
+        # One by one, so that those before a refused request are known, and cancelled.
         for request in requests:
-            handles.append(runtime.engine.submit(request, put))
+            handles += [runtime.engine.submit(request, put)]
         return [handle.result() for handle in handles]
     finally:
         for handle in handles:

@@ -15,6 +15,7 @@ import numpy as np
 
 from pareto_core.errors import ModelError
 from pareto_cpu_runtime._library import native
+from pareto_cpu_runtime.memory import move
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -228,7 +229,7 @@ def place(matrix: Matrix | Panels, arena: Arena) -> tuple[Any, int]:
         data = matrix.data
         if not matrix.mapped:
             data = arena.take(matrix.data.nbytes)
-            data[:] = matrix.data
+            move(matrix.data, data)
         return matrix.weight(data), data.nbytes
     out = arena.take(packed_bytes(matrix))
     return pack(matrix, out), out.nbytes

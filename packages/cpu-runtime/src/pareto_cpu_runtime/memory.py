@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
 import mmap
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
 LINE = 64
 HUGE_PAGE = 2 << 20
 CHUNK = 256 << 20
+MOVED = 8 << 20
 
 
 class Arena:
-    """Hands out pieces of large anonymous mappings, each on a cache line, in huge pages where the system grants them."""
+    """Hands out pieces of large anonymous mappings, on cache lines, in huge pages where the system grants them."""
 
     def __init__(self) -> None:
         self._chunk: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
@@ -43,6 +46,28 @@ def _mapping(size: int) -> NDArray[np.uint8]:
     whole = np.frombuffer(block, dtype=np.uint8)
     start = -whole.ctypes.data % HUGE_PAGE
     return whole[start : start + size]
+
+
+def move(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
+    """Copy from a file that is mapped and unchanged, letting its pages go on the way, so that none is held twice.
+
+    ``source`` must be such a mapping: other memory would be lost. The pages stay in the system's file cache.
+    """
+    release = _madvise()
+    for start in range(0, len(source), MOVED):
+        part = source[start : start + MOVED]
+        target[start : start + MOVED] = part
+        first = -(-part.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        whole = (part.ctypes.data + len(part) - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if whole > 0:
+            release(first, whole, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> Any:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

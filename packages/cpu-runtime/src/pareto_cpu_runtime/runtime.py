@@ -14,7 +14,7 @@ from pareto_core.errors import ConfigError, DataError, ModelError
 from pareto_cpu_runtime import memory
 from pareto_cpu_runtime._library import native
 from pareto_cpu_runtime.families import describe
-from pareto_cpu_runtime.families.build import Builder, Limits, check_limits
+from pareto_cpu_runtime.families.build import Builder, Built, Limits, check_limits
 from pareto_cpu_runtime.memory import MemoryPlan
 from pareto_cpu_runtime.slots import Slots
 
@@ -61,9 +61,12 @@ class Runtime:
         memory.require_memory(estimate(self.decoder, source, limits))
         self.threads = thread_count(threads)
         pool = native().Pool(self.threads, memory.cpus()[: self.threads])
-        self._built = Builder(self.decoder, source, pool, limits).build()
+        self._built = self._build(source, pool, limits)
         self.max_length, self.max_rows, self.limits = length, max_rows, limits
         self.slots = Slots(slots)
+
+    def _build(self, source: Source, pool: Any, limits: Limits) -> Built:
+        return Builder(self.decoder, source, pool, limits).build()
 
     @classmethod
     def from_pretrained(
@@ -164,14 +167,19 @@ class Runtime:
         for start in range(0, len(tokens), self.max_rows):
             end = min(start + self.max_rows, len(tokens))
             first, last = np.searchsorted(want, [start, end])
-            self._built.program.run(
-                np.ascontiguousarray(tokens[start:end], dtype=np.int32),
-                np.ascontiguousarray(slots[start:end], dtype=np.int32),
-                np.ascontiguousarray(positions[start:end], dtype=np.int32),
-                np.ascontiguousarray(want[first:last] - start, dtype=np.int32),
-                logits[first:last],
-            )
+            rows = (tokens[start:end], slots[start:end], positions[start:end], want[first:last] - start)
+            self._run(*(np.ascontiguousarray(row, dtype=np.int32) for row in rows), logits[first:last])
         return logits
+
+    def _run(
+        self,
+        tokens: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        want: NDArray[np.int32],
+        logits: NDArray[np.float32],
+    ) -> None:
+        self._built.program.run(tokens, slots, positions, want, logits)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """Give slot ``target`` the first ``tokens`` tokens of slot ``source``."""
@@ -279,9 +287,8 @@ def open_source(path_or_model: Any, precision: Any, mode: str) -> Source:
         state = path_or_model.state_dict()
         generation = getattr(path_or_model, "generation_config", None)
         return sources.StateSource(path_or_model.config, state, _precision(precision), generation)
-    raise ModelError(
-        f"a runtime is made of a directory, a transformers model or a QuantisedModel, not {type(path_or_model).__name__}"
-    )
+    kind = type(path_or_model).__name__
+    raise ModelError(f"a runtime is made of a directory, a transformers model or a QuantisedModel, not {kind}")
 
 
 def _precision(precision: Any) -> Any:

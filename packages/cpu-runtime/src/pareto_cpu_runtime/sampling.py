@@ -89,7 +89,7 @@ def log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def require_finite(logits: NDArray[np.float32]) -> None:
     """Raise :class:`ModelError` where the model gave what is not a number: its weights or activations overflowed."""
-    if not np.isfinite(logits.max()) or np.isneginf(logits).all():
+    if not np.isfinite(logits.max()):
         raise ModelError("the model's logits are not finite: its weights hold NaN, or activations overflow")
 
 

@@ -29,7 +29,7 @@ class Source(Protocol):
     generation_config: Any
 
     def matrix(self, module: str) -> Matrix:
-        """The weight of the linear module of that name. Raises :class:`ModelError` where it is missing or not finite."""
+        """The weight of the linear module of that name. Raises :class:`ModelError` if missing or not finite."""
         ...
 
     def panels(self, operator: Operator) -> Panels | None:
@@ -50,11 +50,16 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is a finite number, looked at in parts so that a large tensor needs no second one."""
+    return all(bool(part.isfinite().all()) for part in tensor.split(1024))
+
+
 def dense_of(tensor: torch.Tensor, name: str) -> Dense:
     """A matrix as it is: bf16 stays, other types become fp32. Raises :class:`ModelError` for NaN or infinity."""
     import torch
 
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise ModelError(f"{name} has values that are not finite")
     if tensor.dtype == torch.bfloat16:
         return Dense(values=tensor.detach().contiguous().view(torch.int16).numpy().view(np.uint16))
@@ -74,7 +79,7 @@ def quantised_of(linear: Any) -> Quantised:
 
 
 class StateSource:
-    """Weights of a state dict, each matrix rounded to nearest when it is asked for, or (``precision`` None) as it is."""
+    """Weights of a state dict, each matrix rounded to nearest when asked for, or (``precision`` None) as it is."""
 
     def __init__(
         self,
@@ -170,7 +175,7 @@ class PackedSource:
 
     def panels(self, operator: Operator) -> Panels | None:
         """See :class:`Source`."""
-        if any(part.index is not None for part in operator.parts):
+        if operator.columns is not None or any(part.index is not None for part in operator.parts):
             return None
         modules = tuple(part.module for part in operator.parts)
         name = self._fused.get(modules[0], modules[0])

@@ -38,7 +38,7 @@ def saved(model_of: Callable[..., Any], tmp_path: Path) -> Path:
 
 def packed_by_loops(matrix: QuantisedLinear) -> bytes:
     """The layout of native/packed.h, written out byte by byte."""
-    (n, k), groups, out = matrix.shape, matrix.scales.shape[1], bytearray()
+    (n, _), groups, out = matrix.shape, matrix.scales.shape[1], bytearray()
     middle = 8 if matrix.store_bits == 4 else 128
     for panel in range(0, n, 64):
         for g in range(groups):
@@ -78,7 +78,8 @@ def test_panels_are_those_of_the_layout(n: int, k: int, group: int, symmetric: b
     codes, scales, kept = panels.unpack(plain, n, k, group, matrix.store_bits, not symmetric)
     assert np.array_equal(codes, matrix.codes.numpy())
     assert np.array_equal(scales, matrix.scales.numpy())
-    assert (kept is None) == symmetric and (kept is None or np.array_equal(kept, zeros))
+    assert (kept is None) == symmetric
+    assert symmetric or np.array_equal(kept, zeros)
 
 
 def test_a_model_comes_back(any_model: Any, tokens: torch.Tensor, tmp_path: Path) -> None:

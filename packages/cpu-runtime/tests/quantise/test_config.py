@@ -44,7 +44,7 @@ def test_precision_by_name() -> None:
 
 
 def test_patterns_without_a_match_are_refused() -> None:
-    with pytest.raises(ConfigError, match="matches none of the operators, such as a.q_proj"):
+    with pytest.raises(ConfigError, match=r"matches none of the operators, such as a\.q_proj"):
         QuantisationConfig(leave_out=("lm_haed",)).check_patterns(["a.q_proj", "lm_head"])
 
 

@@ -11,13 +11,12 @@ from pareto_cpu_runtime.quantise.rtn import round_to_nearest
 
 def correlated(k: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(4 * k, k // 4, generator=generator) @ torch.randn(k // 4, k, generator=generator) + 0.3 * torch.randn(
-        4 * k, k, generator=generator
-    )
+    common = torch.randn(4 * k, k // 4, generator=generator) @ torch.randn(k // 4, k, generator=generator)
+    return common + 0.3 * torch.randn(4 * k, k, generator=generator)
 
 
 def obq_reference(weight: torch.Tensor, hessian: torch.Tensor, group: int, damping: float) -> torch.Tensor:
-    """Optimal Brain Quantization in column order, in float64: the inverse is updated by elimination, not by Cholesky."""
+    """Optimal Brain Quantization in column order, float64; the inverse is updated by elimination, not by Cholesky."""
     w = weight.double().clone()
     h = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     inverse = torch.linalg.inv(h)
@@ -88,12 +87,12 @@ def test_zero_weights_stay_zero() -> None:
 
 
 def test_factor() -> None:
-    x = correlated(48).double()
-    h = x.t() @ x
-    factor = inverse_factor(h, 0.01).double()
+    x = correlated(48)
+    h = (x.t() @ x).double()
+    factor = inverse_factor(h.float(), 0.01).double()
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(48)
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-3, atol=1e-7)
 
 
 def test_damping_grows_where_it_must() -> None:
@@ -102,7 +101,9 @@ def test_damping_grows_where_it_must() -> None:
     assert bool(factor.isfinite().all())
 
 
-@pytest.mark.parametrize(("k", "group", "width"), [(128, 32, 128), (96, 32, 40), (128, 64, 48), (100, 100, 30), (96, 32, 64)])
+@pytest.mark.parametrize(
+    ("k", "group", "width"), [(128, 32, 128), (96, 32, 40), (128, 64, 48), (100, 100, 30), (96, 32, 64)]
+)
 def test_lazy_blocks_never_straddle_a_group(k: int, group: int, width: int) -> None:
     blocks = list(lazy_blocks(k, group, width))
     assert [column for block in blocks for column in range(*block)] == list(range(k))

@@ -28,8 +28,8 @@ def model_of(layers, width):
 torch.set_num_threads(1)
 config = QuantisationConfig(method=sys.argv[1], group_size=128, samples=4, length=32)
 tokens = torch.randint(0, 64, (4, 32))
-quantise(model_of(1, 128), tokens, config).dequantise()(tokens)  # libraries load and allocate once
-model = model_of(40, 256)
+save_packed(quantise(model_of(1, 384), tokens, config), Path(sys.argv[2]))  # libraries load and allocate once
+model = model_of(24, 384)
 source = sum(p.numel() * 4 for p in model.parameters())
 before = status("VmRSS:")
 Path("/proc/self/clear_refs").write_text("5")

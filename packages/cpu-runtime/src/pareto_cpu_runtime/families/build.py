@@ -45,7 +45,10 @@ class Built:
 class Builder:
     """Adds the steps of one decoder to a program."""
 
-    def __init__(self, decoder: Decoder, source: Source, pool: Any, limits: Limits) -> None:
+    def __init__(
+        self, decoder: Decoder, source: Source, pool: Any, limits: Limits, exchange: Any = None, head: bool = True
+    ) -> None:
+        self.exchange, self.head = exchange, head
         self.decoder, self.source, self.limits = decoder, source, limits
         self.program = native().Program(pool, limits.max_rows)
         self.arena = Arena()
@@ -61,11 +64,10 @@ class Builder:
         embedding = self._embed(x)
         for layer, block in enumerate(d.blocks):
             self._block(layer, block, x, cache)
-        self._head(x, embedding)
+        if self.head:
+            self._head(x, embedding)
         self.program.finish()
-        return Built(
-            program=self.program, cache=cache, weight_bytes=self.weight_bytes, operators=self.operators
-        )
+        return Built(program=self.program, cache=cache, weight_bytes=self.weight_bytes, operators=self.operators)
 
     def _rotary_table(self) -> NDArray[np.float32] | None:
         rotary = self.decoder.rotary
@@ -81,12 +83,14 @@ class Builder:
     def _embed(self, x: int) -> Any:
         import torch
 
+        from pareto_cpu_runtime.sources import is_finite
+
         d = self.decoder
         table = self.source.tensor(f"{d.embedding}.weight")
         if table is None or tuple(table.shape) != (d.vocabulary, d.width):
             found = "missing" if table is None else f"of shape {tuple(table.shape)}"
             raise ModelError(f"{d.embedding}.weight is {found}, expected ({d.vocabulary}, {d.width})")
-        if not bool(torch.isfinite(table).all()):
+        if not is_finite(table):
             raise ModelError(f"{d.embedding}.weight has values that are not finite")
         table = table.detach().contiguous()
         if table.dtype not in (torch.float32, torch.bfloat16):
@@ -103,11 +107,24 @@ class Builder:
         self._attention(layer, block, cache, qkv, context)
         up = self._matrix(block.up)
         hidden = self.program.buffer(up.shape[0] // 2 if block.up.gated else up.shape[0])
+        if self.exchange is not None:
+            self._shared_block(block, x, context, hidden, up)
+            return
         # Side by side, the network still reads x when attention's output is added: that sum lies apart.
         joined = self.program.buffer(d.width) if block.parallel else x
         self._linear(block.out, context, joined, residual=x)
         self._linear(block.up, x, hidden, norm=block.ffn_norm, weight=up)
         self._linear(block.down, hidden, x, residual=joined)
+
+    def _shared_block(self, block: Block, x: int, context: int, hidden: int, up: Matrix | Panels) -> None:
+        """The same with this process's part of every matrix: partial sums meet once or twice per block."""
+        partial = self.program.buffer(self.decoder.width)
+        self._linear(block.out, context, partial)
+        if not block.parallel:
+            self.program.all_reduce(self.exchange, partial, x, x)
+        self._linear(block.up, x, hidden, norm=block.ffn_norm, weight=up)
+        self._linear(block.down, hidden, partial, residual=partial if block.parallel else None)
+        self.program.all_reduce(self.exchange, partial, x, x)
 
     def _attention(self, layer: int, block: Block, cache: Any, qkv: int, context: int) -> None:
         d = self.decoder
@@ -157,7 +174,8 @@ class Builder:
                 read[part.module] = self.source.matrix(part.module)
             whole = read[part.module]
             parts.append(whole if part.index is None else whole.rows(part.index))
-        return matrices.gated(*parts) if operator.gated else matrices.stacked(parts)
+        joined = matrices.gated(*parts) if operator.gated else matrices.stacked(parts)
+        return joined if operator.columns is None else joined.columns(*operator.columns)
 
     def _linear(
         self,
@@ -217,7 +235,7 @@ class Builder:
 
     def _bias(self, operator: Operator, outputs: int) -> NDArray[np.float32] | None:
         parts = [self.source.tensor(f"{part.module}.bias") for part in operator.parts]
-        if all(part is None for part in parts):
+        if not operator.biased or all(part is None for part in parts):
             return None
         values = []
         for part, tensor in zip(operator.parts, parts, strict=True):

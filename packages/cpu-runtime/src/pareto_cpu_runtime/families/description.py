@@ -43,13 +43,16 @@ class Rows:
 class Operator:
     """One matrix multiplication, made of the rows of one module or several.
 
-    ``gated`` operators have two parts, gate and up, and give activation(gate) * up.
+    ``gated`` operators have two parts, gate and up, and give activation(gate) * up. Of an operator that is split over
+    processes by its inputs, ``columns`` are this one's (first, last), and one process alone adds the bias.
     """
 
     name: str
     parts: tuple[Rows, ...]
     activation: str = "none"
     gated: bool = False
+    columns: tuple[int, int] | None = None
+    biased: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""GPT-J: attention and feed-forward network side by side after one LayerNorm; rotary positions on pairs of neighbours."""
+"""GPT-J: attention and feed-forward network side by side after one LayerNorm; neighbours are rotated in pairs."""
 
 from __future__ import annotations
 

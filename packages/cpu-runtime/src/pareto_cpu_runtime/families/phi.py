@@ -1,4 +1,4 @@
-"""Phi: attention and feed-forward network side by side after one LayerNorm, partial rotary positions, biases throughout."""
+"""Phi: attention and feed-forward network side by side after one LayerNorm, partial rotary positions, biases."""
 
 from __future__ import annotations
 

@@ -74,9 +74,13 @@ def default_recipes(model: Any, group_sizes: Sequence[int] = (128, 32)) -> list[
     inputs = {module.weight.shape[int(isinstance(module, torch.nn.Linear))] for module in operators(model).values()}
     sizes = [size for size in group_sizes if all(k % size == 0 for k in inputs)]
     if not sizes:
-        raise ConfigError("default_recipes", "group_sizes", tuple(group_sizes), f"none divides all inputs {sorted(inputs)}")
+        raise ConfigError(
+            "default_recipes", "group_sizes", tuple(group_sizes), f"none divides all inputs {sorted(inputs)}"
+        )
     recipes = [QuantisationConfig(method="rtn", group_size=size) for size in sizes]
-    recipes += [QuantisationConfig(method=method, group_size=size) for method in ("gptq", "awq", "autoround") for size in sizes]
+    recipes += [
+        QuantisationConfig(method=method, group_size=size) for method in ("gptq", "awq", "autoround") for size in sizes
+    ]
     count = len(operators(model))
     for share in _LEFT_OUT:
         left = max(1, round(count * share))
@@ -205,7 +209,9 @@ class _Journal:
             except (ValueError, TypeError) as error:
                 if number == len(texts):  # no newline behind it: a run was broken off while it wrote
                     break
-                raise DataError(f"{path}, line {number} is damaged ({error}): remove it to run that trial again") from error
+                raise DataError(
+                    f"{path}, line {number} is damaged ({error}): remove it to run that trial again"
+                ) from error
         return found
 
     def source_score(self) -> float | None:

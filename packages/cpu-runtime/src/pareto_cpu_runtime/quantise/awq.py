@@ -23,17 +23,27 @@ from pareto_cpu_runtime.quantise.stage import Stage
 
 
 def quantise_stage(stage: Stage) -> dict[str, QuantisedLinear]:
-    """Scale what can be scaled, in place, then clip and round each operator of the stage."""
-    moments = collect(stage, [group.operators for group in stage.input_groups()])
-    for fold in find_folds(stage):
-        scales = search_scales(stage, fold, moments[fold.operators[0]])
-        apply(stage, fold, scales)
-        scaled = moments[fold.operators[0]].scaled(scales)
-        moments.update(dict.fromkeys(fold.operators, scaled))
-    return {
-        name: clipped(stage.weight(name), moments[name], precision, stage.config.awq)
-        for name, precision in stage.precisions.items()
-    }
+    """Scale what can be scaled, in place, then clip and round each operator of the stage.
+
+    Scalings that are folded into operators come first, so that those are rounded as they end up. The moments of one
+    group of operators are held at a time, and the block runs once for each.
+    """
+    folds = find_folds(stage)
+    folded = {name for fold in folds for name in fold.operators}
+    others = [Fold("", group.operators) for group in stage.input_groups() if group.operators[0] not in folded]
+    found: dict[str, QuantisedLinear] = {}
+    for fold in [*folds, *others]:
+        names = [name for name in fold.operators if name in stage.precisions]
+        if not names:
+            continue
+        moments = collect(stage, [names])[names[0]]
+        if fold.producer:
+            scales = search_scales(stage, fold, moments)
+            apply(stage, fold, scales)
+            moments.scale(scales)
+        for name in names:
+            found[name] = clipped(stage.weight(name), moments, stage.precisions[name], stage.config.awq)
+    return {name: found[name] for name in stage.precisions}
 
 
 def search_scales(stage: Stage, fold: Fold, moments: Moments) -> torch.Tensor:

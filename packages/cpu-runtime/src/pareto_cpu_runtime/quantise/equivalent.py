@@ -43,7 +43,9 @@ def find_folds(stage: Stage) -> list[Fold]:
                 weighted = getattr(stage.module.get_submodule(group.norm), "weight", None) is not None
                 into_norms += [fold] if weighted and _holds(stage, fold, expected) else []
                 continue
-            candidates = [n for n in stage.all_operators() if n not in group.operators and stage.weight(n).shape[0] == k]
+            candidates = [
+                n for n in stage.all_operators() if n not in group.operators and stage.weight(n).shape[0] == k
+            ]
             folds = (Fold(name, group.operators) for name in candidates)
             into_operators += [f for f in folds if _holds(stage, f, expected)][:1]
     return into_operators + into_norms

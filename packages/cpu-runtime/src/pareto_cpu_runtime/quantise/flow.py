@@ -7,6 +7,8 @@ calibration are held: nothing grows with the model but the codes.
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import importlib
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -131,6 +133,7 @@ class _Flow:
             for index, block in enumerate(_progress(list(self.blocks), f"quantise ({self.config.method})")):
                 of_block = {rows: _as_float(found[index]) for rows, found in arguments.items()}
                 self._one(f"{self.prefix}.{index}", block, hidden, reference, of_block)
+                give_back_memory()
             if self.head in self.precisions:
                 self._one_head(hidden)
         return self.matrices, self.changed
@@ -208,6 +211,14 @@ def _free(model: Any, name: str) -> None:
     module = model.get_submodule(name)
     if module.weight is not model.get_input_embeddings().weight:
         module.weight.data = torch.empty(0, dtype=module.weight.dtype)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: codes that are kept lie between a block's temporaries, and hold pages back."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others need none
+    if trim is not None:
+        trim(0)
 
 
 def _as_float(arguments: Arguments) -> Arguments:

@@ -44,7 +44,7 @@ def row_order(rows: Sequence[int], order: Order) -> torch.Tensor:
 def fuse(matrices: Sequence[QuantisedLinear], order: Order) -> QuantisedLinear:
     """Return the fused matrix.
 
-    Raises :class:`ModelError` where inputs, precision or row counts do not fit, or the scales have no common multiplier.
+    Raises :class:`ModelError` where inputs, precision or row counts do not fit, or scales have no common multiplier.
     """
     first = matrices[0]
     if len({(m.shape[1], m.group, m.bits, m.symmetric) for m in matrices}) != 1:

@@ -13,6 +13,7 @@ scales are then set beforehand, from the weights as they were.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -25,30 +26,69 @@ from pareto_cpu_runtime.quantise.stage import Stage
 
 
 def quantise_stage(stage: Stage) -> dict[str, QuantisedLinear]:
-    """Quantise the operators of a stage, each against the inputs that the quantised blocks before give it."""
-    groups = [[n for n in group.operators if n in stage.precisions] for group in stage.input_groups()]
-    moments = collect(stage, [group for group in groups if group])
-    config = stage.config.gptq
-    return {
-        name: gptq(stage.weight(name), moments[name].gram * 2, precision, config)
-        for name, precision in stage.precisions.items()
-    }
+    """Quantise the operators of a stage, each against the inputs that the quantised blocks before give it.
+
+    Operators that share their inputs share H; one H is held at a time, and the block runs once for each.
+    """
+    found: dict[str, QuantisedLinear] = {}
+    for group in stage.input_groups():
+        names = [name for name in group.operators if name in stage.precisions]
+        if not names:
+            continue
+        hessian = collect(stage, [names])[names[0]].gram.mul_(2)
+        order = column_order(hessian, stage.config.gptq)
+        factor = inverse_factor(hessian, stage.config.gptq.damping, order)
+        del hessian
+        for name in names:
+            found[name] = _solve(stage.weight(name), factor, order, stage.precisions[name], stage.config.gptq)
+    return {name: found[name] for name in stage.precisions}
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, precision: Precision, config: GPTQConfig) -> QuantisedLinear:
     """Quantise ``weight`` (n, k) given H (k, k), both fp32."""
+    order = column_order(hessian, config)
+    return _solve(weight, inverse_factor(hessian.clone(), config.damping, order), order, precision, config)
+
+
+def column_order(hessian: torch.Tensor, config: GPTQConfig) -> torch.Tensor | None:
+    """Return the order in which columns are taken, None for the one they lie in."""
+    if not config.activation_order:
+        return None
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float, order: torch.Tensor | None = None) -> torch.Tensor:
+    """Return T, upper triangular with T^T T = (H + damping * mean(diag H) I)^-1, fp32 (k, k), columns in ``order``.
+
+    H is overwritten. Inputs that were never active have a diagonal of 1. The damping grows tenfold while H is not
+    positive definite.
+    """
+    h = hessian if order is None else hessian[order][:, order]
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    diagonal.add_((diagonal == 0).float())
+    while True:
+        diagonal.add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not int(failed):
+            break
+        damping *= 10
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _solve(
+    weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor | None, precision: Precision, config: GPTQConfig
+) -> QuantisedLinear:
     w = weight.float().clone()
     n, k = w.shape
     group = precision.group(k)
     grid = weight_grid(w, group, precision.bits, precision.symmetric)
-    factor = inverse_factor(hessian, config.damping)
-    if config.activation_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        factor = inverse_factor(hessian[order][:, order], config.damping)
-        codes = torch.empty_like(w)
+    codes = torch.empty_like(w)
+    if order is not None:
         codes[:, order] = _columns(w[:, order], factor, grid, order // group, config.block_columns)
         return QuantisedLinear.of(grid, codes)
-    codes = torch.empty_like(w)
     scales, zeros = torch.empty_like(grid.scales), torch.empty_like(grid.zeros)
     for first, last in lazy_blocks(k, group, config.block_columns):
         errors = torch.empty(n, last - first)
@@ -64,27 +104,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, precision: Precision, conf
             w[:, j:last] -= errors[:, j - first, None] * factor[None, j, j:last]
         # Eq. (4): the lazy update of all that follows
         w[:, last:] -= errors @ factor[first:last, last:]
-    final = Grid(scales, zeros, grid.multiplier, group, precision.bits, precision.symmetric)
-    return QuantisedLinear.of(final, codes)
-
-
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return T, upper triangular with T^T T = (H + damping * mean(diag H) I)^-1, fp32 (k, k).
-
-    Inputs that were never active have a diagonal of 1. The damping grows tenfold while H is not positive definite.
-    """
-    h = hessian.double()
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    dead = torch.where(diagonal == 0, 1.0, 0.0).to(h)
-    while True:
-        damped = h + torch.diag(dead + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            break
-        damping *= 10
-    inverse = torch.cholesky_inverse(lower)
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return QuantisedLinear.of(dataclasses.replace(grid, scales=scales, zeros=zeros), codes)
 
 
 def lazy_blocks(k: int, group: int, width: int) -> Iterator[tuple[int, int]]:

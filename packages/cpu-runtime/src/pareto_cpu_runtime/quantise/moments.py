@@ -22,9 +22,10 @@ class Moments:
     mean: torch.Tensor
     tokens: int
 
-    def scaled(self, scales: torch.Tensor) -> Moments:
-        """Return the moments of x / ``scales`` (k,)."""
-        return Moments(self.gram / scales[:, None] / scales[None, :], self.mean / scales, self.tokens)
+    def scale(self, scales: torch.Tensor) -> None:
+        """Turn these into the moments of x / ``scales`` (k,), in place."""
+        self.gram.div_(scales[:, None]).div_(scales[None, :])
+        self.mean.div_(scales)
 
     def error(self, change: torch.Tensor) -> float:
         """Return tr(D G D^T) of ``change`` D (n, k): the squared error of the outputs, summed over the calibration."""
@@ -47,9 +48,7 @@ def collect(stage: Stage, groups: Sequence[Sequence[str]]) -> dict[str, Moments]
             found[name] = Moments(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1]), 0)
         moments = found[name]
         moments.gram.addmm_(x.t(), x)
-        moments.mean.mul_(moments.tokens / (moments.tokens + len(x))).add_(
-            x.abs().sum(0) / (moments.tokens + len(x))
-        )
+        moments.mean.mul_(moments.tokens / (moments.tokens + len(x))).add_(x.abs().sum(0) / (moments.tokens + len(x)))
         moments.tokens += len(x)
 
     stage.each_input(visit, [group[0] for group in groups])

@@ -51,6 +51,7 @@ class WithWeights:
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
         return torch.func.functional_call(self.module, self.values, args, kwargs)
 
 
