@@ -1,4 +1,4 @@
-"""Pre-trained models that tasks start from: the MiniLM encoder, a small GPT-2 of our own, and any transformers model.
+"""Pre-trained models that tasks start from: the MiniLM encoder, two small decoders of our own, any transformers model.
 
 MiniLM: W. Wang, F. Wei, L. Dong, H. Bao, N. Yang, M. Zhou, "MiniLM: Deep Self-Attention Distillation for Task-Agnostic
 Compression of Pre-Trained Transformers", 2020, https://arxiv.org/abs/2002.10957. The weights are those of
@@ -18,6 +18,7 @@ from pareto_core.errors import DataError
 
 MINILM = "minilm"
 TINY_GPT2 = "tiny-gpt2"
+BYTE_LLAMA = "byte-llama"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -39,24 +40,32 @@ def minilm_path() -> Path:
 
 
 def resolve(model: str) -> str:
-    """Turn a backbone's name (``minilm``, ``tiny-gpt2``, a hub name, a directory) into what ``from_pretrained`` takes.
+    """Turn a backbone's name (``minilm``, …, a hub name, a directory) into what ``from_pretrained`` takes.
 
-    The first use of ``tiny-gpt2`` trains it (:mod:`pareto_core.tiny_gpt2`).
+    The first use of ``tiny-gpt2`` or ``byte-llama`` trains it (:mod:`pareto_core.tiny_gpt2`, ``.byte_llama``).
     """
     if model == TINY_GPT2:
         from pareto_core.tiny_gpt2 import tiny_gpt2_path
 
         return str(tiny_gpt2_path())
+    if model == BYTE_LLAMA:
+        from pareto_core.byte_llama import byte_llama_path
+
+        return str(byte_llama_path())
     return str(minilm_path()) if model == MINILM else model
 
 
 def revision(model: str) -> str:
     """The backbone's name, with a key of its texts and recipe where it is trained here."""
-    if model != TINY_GPT2:
-        return model
-    from pareto_core import tiny_gpt2
+    if model == TINY_GPT2:
+        from pareto_core import tiny_gpt2
 
-    return f"{model} {tiny_gpt2.revision()}"
+        return f"{model} {tiny_gpt2.revision()}"
+    if model == BYTE_LLAMA:
+        from pareto_core import byte_llama
+
+        return f"{model} {byte_llama.revision()}"
+    return model
 
 
 def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:

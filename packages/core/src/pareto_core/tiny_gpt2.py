@@ -12,25 +12,21 @@ different model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pareto_core.backbones import TINY_GPT2
 from pareto_core.cache import cache_directory
-from pareto_core.errors import ModelError
 from pareto_core.library import corpus_hash, library_path, read_functions, split_functions
+from pareto_core.task import Batch
+from pareto_core.training_once import fit, save_whole, shuffled_windows, trained_once
 
 if TYPE_CHECKING:
     import torch
@@ -61,20 +57,7 @@ def tiny_gpt2_path() -> Path:
 
     Processes that ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
     """
-    path = cache_directory() / TINY_GPT2 / revision()
-    if (path / "config.json").is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
-        if not (path / "config.json").is_file():
-            message = f"training the offline GPT-2, once: two to three minutes on two idle cores; kept in {path}"
-            print(message, file=sys.stderr, flush=True)
-            # In a process of its own: random numbers and peak memory of this one stay as they are.
-            command = [sys.executable, "-m", "pareto_core.tiny_gpt2", str(path)]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            if done.returncode:
-                raise ModelError(f"training the offline GPT-2 failed: {done.stderr.strip()[-500:]}")
-    return path
+    return trained_once(cache_directory() / TINY_GPT2 / revision(), "pareto_core.tiny_gpt2", "the offline GPT-2")
 
 
 @functools.cache
@@ -107,17 +90,8 @@ def train(recipe: Recipe, texts: list[str], path: Path) -> None:
     ids = [tokenizer.eos_token_id]
     for tokens in tokenizer(texts)["input_ids"]:
         ids += [*tokens, tokenizer.eos_token_id]
-    _fit(model, torch.tensor(ids), recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
-        made = Path(directory) / "made"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        try:
-            os.rename(made, path)
-        except OSError:
-            if not (path / "config.json").is_file():  # else another process was faster: its files are as good
-                raise
+    fit(model, _batches(torch.tensor(ids), recipe), recipe)
+    save_whole(model, tokenizer, path)
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
@@ -157,50 +131,13 @@ def _config(recipe: Recipe, tokenizer: Any) -> Any:
     )
 
 
-def _fit(model: Any, ids: torch.Tensor, recipe: Recipe) -> None:
+def _batches(ids: torch.Tensor, recipe: Recipe) -> Iterator[Batch]:
     import torch
 
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-    model.train()
-    for step, batch in enumerate(_batches(ids, recipe)):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _rate(step, recipe)
+    for batch in shuffled_windows(ids, recipe):
         # A window may stand at any position, so that all positions are learned from short windows.
         offset = torch.randint(recipe.positions - recipe.window + 1, (len(batch), 1))
-        loss = model(batch, labels=batch, position_ids=offset + torch.arange(recipe.window)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-
-
-def _rate(step: int, recipe: Recipe) -> float:
-    """Share of the learning rate: a linear rise over the warm-up, then a linear fall to zero."""
-    return min((step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.steps - recipe.warmup))
-
-
-def _batches(ids: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
-    """Yield ``steps`` batches (batch, window): all windows in random order, over and over."""
-    import torch
-
-    windows = ids[: len(ids) // recipe.window * recipe.window].view(-1, recipe.window)
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(recipe.steps):
-        while len(order) < recipe.batch:
-            order = torch.cat([order, torch.randperm(len(windows))])
-        chosen, order = order[: recipe.batch], order[recipe.batch :]
-        yield windows[chosen]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield {"input_ids": batch, "labels": batch, "position_ids": offset + torch.arange(recipe.window)}
 
 
 if __name__ == "__main__":

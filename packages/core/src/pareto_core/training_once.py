@@ -1,0 +1,126 @@
+"""What the small models share that are trained once on this machine and kept in the cache directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pareto_core.errors import ModelError
+from pareto_core.task import Batch
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Schedule(Protocol):
+    """How long a model trains: ``steps`` batches of ``batch`` windows of ``window`` tokens."""
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Windows of a batch."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Batches, one optimizer step each."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Highest learning rate, reached after the warm-up."""
+        ...
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+        ...
+
+
+def trained_once(path: Path, module: str, title: str) -> Path:
+    """Return ``path``, the directory of a trained model; ``python -m module path`` makes it where it is not there.
+
+    Processes that ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
+    """
+    if (path / "config.json").is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        if not (path / "config.json").is_file():
+            message = f"training {title}, once: two to three minutes on two idle cores; kept in {path}"
+            print(message, file=sys.stderr, flush=True)
+            # In a process of its own: random numbers and peak memory of this one stay as they are.
+            command = [sys.executable, "-m", module, str(path)]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            if done.returncode:
+                raise ModelError(f"training {title} failed: {done.stderr.strip()[-500:]}")
+    return path
+
+
+def save_whole(model: Any, tokenizer: Any, path: Path) -> None:
+    """Write model and tokenizer to the new directory ``path``, whole or not at all; one that is there stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+        made = Path(directory) / "made"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        try:
+            os.rename(made, path)
+        except OSError:
+            if not (path / "config.json").is_file():  # else another process was faster: its files are as good
+                raise
+
+
+def fit(model: Any, batches: Iterable[Batch], schedule: Schedule) -> None:
+    """Train ``model`` in place by AdamW, one step for each of the ``batches`` (with ``labels``)."""
+    import torch
+
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
+    model.train()
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate * rate(step, schedule)
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def rate(step: int, schedule: Schedule) -> float:
+    """Share of the learning rate: a linear rise over the warm-up, then a linear fall to zero."""
+    return min((step + 1) / schedule.warmup, (schedule.steps - step) / (schedule.steps - schedule.warmup))
+
+
+def shuffled_windows(ids: torch.Tensor, schedule: Schedule) -> Iterator[torch.Tensor]:
+    """Yield ``steps`` batches (batch, window): all windows of the text in random order, over and over."""
+    import torch
+
+    windows = ids[: len(ids) // schedule.window * schedule.window].view(-1, schedule.window)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(schedule.steps):
+        while len(order) < schedule.batch:
+            order = torch.cat([order, torch.randperm(len(windows))])
+        chosen, order = order[: schedule.batch], order[schedule.batch :]
+        yield windows[chosen]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

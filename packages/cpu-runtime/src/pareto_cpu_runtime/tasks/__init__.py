@@ -1,0 +1,1 @@
+"""Tasks that the runtime's questions are asked on, beside those of ``pareto_core``."""
