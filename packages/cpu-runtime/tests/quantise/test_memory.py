@@ -46,5 +46,4 @@ def test_peak_is_at_most_a_quarter_of_the_source(method: str, tmp_path: object) 
     )
     assert done.returncode == 0, done.stderr
     share = float(done.stdout)
-    print(share)
     assert 0.05 < share < 0.25  # codes alone are an eighth of fp32 weights

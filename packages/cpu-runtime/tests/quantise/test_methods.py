@@ -84,7 +84,6 @@ def test_methods_gain_on_unseen_tokens_too(
     )
     plain = error(model, quantise(model, config=recipe("rtn", **changes)), unseen)
     found = error(model, quantise(model, tokens, recipe(method, **changes)), unseen)
-    print(method, changes, found / plain)
     assert found < most * plain
 
 
