@@ -21,7 +21,7 @@ from pareto_cpu_runtime.quantise.config import Precision, RoundingConfig, TEQCon
 from pareto_cpu_runtime.quantise.rtn import round_to_nearest
 
 SMALL = Recipe(
-    width=64, layers=2, heads=2, kv_heads=1, inner=128, positions=128, window=32, batch=4, steps=80,
+    width=64, layers=2, heads=2, kv_heads=2, inner=384, positions=128, window=32, batch=4, steps=80,
     learning_rate=5e-3, warmup=5,
 )  # fmt: skip
 TEXTS = {f"{i:03}.py": f"def f{i}(x):\n    return x + {i}\n".encode() for i in range(200)}

@@ -51,10 +51,10 @@ class Recipe:
     kv_heads: int = 2
     inner: int = 768
     positions: int = 1024
-    window: int = 512
-    batch: int = 2
-    steps: int = 800
-    learning_rate: float = 2e-3
+    window: int = 256
+    batch: int = 4
+    steps: int = 900
+    learning_rate: float = 3e-3
     warmup: int = 40
 
 
