@@ -5,17 +5,16 @@
 namespace pareto {
 namespace {
 
-// Where the code of input `input` (within its group) of output `column` (within its panel) lies.
+// Where the codes of output `column` (within its panel) lie within each quad: four bytes in a row, one nibble of them or all.
 struct Place {
   int64_t byte;
   int shift;
 };
 
-Place place(Store store, int64_t quad_bytes, int64_t column, int64_t input) {
-  const int64_t quad = (input / kQuad) * quad_bytes, lane = input % kQuad;
-  if (store == Store::u8) return {quad + column * kQuad + lane, 0};
+Place place(Store store, int64_t column) {
+  if (store == Store::u8) return {column * kQuad, 0};
   const int64_t pair = column / 32, in_pair = column % 32;
-  return {quad + pair * kPanel + (in_pair % 16) * kQuad + lane, in_pair < 16 ? 0 : 4};
+  return {pair * kPanel + (in_pair % 16) * kQuad, in_pair < 16 ? 0 : 4};
 }
 
 int64_t dense_place(const Packed& packed, int64_t row, int64_t input) {
@@ -56,12 +55,15 @@ void pack(const Packed& shape, const uint8_t* codes, const uint16_t* scales, con
         const uint16_t scale = real ? scales[row * groups + g] : 0;
         std::memcpy(header + 2 * column, &scale, 2);
         if (shape.asymmetric) header[2 * kPanel + column] = zero;
+        const Place at = place(shape.store, column);
         const uint8_t* source = codes + row * shape.k + g * shape.group;
-        for (int64_t input = 0; input < padded; ++input) {
-          const uint8_t code = real && input < shape.group ? source[input] : zero;
-          const Place at = place(shape.store, quad_bytes, column, input);
-          quads[at.byte] = static_cast<uint8_t>(quads[at.byte] | (code << at.shift));
-        }
+        const int64_t inputs = real ? shape.group : 0;
+        uint8_t* to = quads + at.byte;
+        for (int64_t first = 0; first < padded; first += kQuad, to += quad_bytes)
+          for (int64_t lane = 0; lane < kQuad; ++lane) {
+            const uint8_t code = first + lane < inputs ? source[first + lane] : zero;
+            to[lane] = static_cast<uint8_t>(to[lane] | (code << at.shift));
+          }
       }
     }
   }
@@ -77,9 +79,11 @@ void unpack(const Packed& packed, uint8_t* codes, uint16_t* scales, uint8_t* zer
       const uint8_t* quads = header + packed.header_bytes();
       std::memcpy(scales + row * groups + g, header + 2 * column, 2);
       if (packed.asymmetric) zeros[row * groups + g] = header[2 * kPanel + column];
+      const Place at = place(packed.store, column);
+      uint8_t* to = codes + row * packed.k + g * packed.group;
       for (int64_t input = 0; input < packed.group; ++input) {
-        const Place at = place(packed.store, quad_bytes, column, input);
-        codes[row * packed.k + g * packed.group + input] = static_cast<uint8_t>((quads[at.byte] >> at.shift) & mask);
+        const uint8_t byte = quads[input / kQuad * quad_bytes + at.byte + input % kQuad];
+        to[input] = static_cast<uint8_t>((byte >> at.shift) & mask);
       }
     }
   }

@@ -5,7 +5,7 @@
 //
 // Few rows (the next token): bound by memory, so each thread reads one sequential stream, unpacks codes in registers and uses
 // them for all rows, up to 8, at once. Many rows (the prompt): a panel is unpacked once into the L2 cache, in four strips of 16
-// outputs, and tiles of 12 rows by 16 outputs run over it. Both add up in the same order: int8 products within a
+// outputs, and tiles of 6 rows by 32 outputs run over it. Both add up in the same order: int8 products within a
 // group exactly, then groups from first to last by fp32 fused multiply-add.
 #include <immintrin.h>
 
@@ -29,6 +29,11 @@ inline __m512i broadcast4(const int8_t* at) {
   int32_t four;
   std::memcpy(&four, at, 4);
   return _mm512_set1_epi32(four);
+}
+
+// The products are written out, since gcc copies every sum before it adds to it through the intrinsic.
+inline void add_products(__m512i& sums, __m512i codes, __m512i activations) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(activations));
 }
 
 inline __m512 half_scales(const uint8_t* at) {
@@ -98,7 +103,7 @@ void few_rows(const Packed& w, const uint8_t* tile, const uint8_t* panel, float*
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const __m512i all = broadcast4(four + kQuad * r);
-          for (int s = 0; s < kTogether; ++s) dot[r][s] = _mm512_dpbusd_epi32(dot[r][s], strip[s], all);
+          for (int s = 0; s < kTogether; ++s) add_products(dot[r][s], strip[s], all);
         }
         four += kQuad * R;
         stream += kQuadBytes;
@@ -167,40 +172,52 @@ struct Ahead {
   int64_t step;
 };
 
-// R rows by 16 outputs over one chunk; `sums` go on from what earlier chunks left there.
+// R rows by two strips over one chunk, of a tile of `stride` rows; `sums` go on from what earlier chunks left there.
 template <int R, bool kZeros>
-void strip_tile(const Packed& w, const Int8Tile& rows, int64_t first_group, int64_t groups, const Chunk& chunk, int strip,
-                float* sums, Ahead& ahead) {
-  const int64_t quads = w.quads();
-  const int8_t* codes = rows.codes + first_group * quads * kQuad * R;
+void strip_tile(const Packed& w, const Int8Tile& rows, int64_t stride, int64_t first_row, int64_t first_group, int64_t groups,
+                const Chunk& chunk, int strip, float* sums, Ahead& ahead) {
+  const int64_t quads = w.quads(), step = kQuad * stride;
+  const int8_t* codes = rows.codes + first_group * quads * step + kQuad * first_row;
   const uint8_t* weights = chunk.strips + strip * chunk.strip_bytes;
+  const uint8_t* others = weights + chunk.strip_bytes;
   const float* scales = chunk.scales + strip * kLanes;
   const int32_t* zeros = chunk.zeros + strip * kLanes;
-  const float* row_scales = rows.scales + first_group * R;
-  const int32_t* starts = rows.starts + first_group * R;
-  __m512 total[R];
-  for (int r = 0; r < R; ++r) total[r] = _mm512_loadu_ps(sums + r * kPanel + strip * kLanes);
+  const float* row_scales = rows.scales + first_group * stride + first_row;
+  const int32_t* starts = rows.starts + first_group * stride + first_row;
+  __m512 total[R][2];
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < 2; ++s) total[r][s] = _mm512_loadu_ps(sums + r * kPanel + (strip + s) * kLanes);
   for (int64_t g = 0; g < groups; ++g) {
-    __m512i dot[R];
-    const __m512i zero = kZeros ? _mm512_loadu_si512(zeros + g * kPanel) : _mm512_setzero_si512();
-    for (int r = 0; r < R; ++r) dot[r] = start_of<kZeros>(starts[g * R + r], zero);
+    __m512i dot[R][2];
+    for (int s = 0; s < 2; ++s) {
+      const __m512i zero = kZeros ? _mm512_loadu_si512(zeros + g * kPanel + s * kLanes) : _mm512_setzero_si512();
+      for (int r = 0; r < R; ++r) dot[r][s] = start_of<kZeros>(starts[g * stride + r], zero);
+    }
     for (int64_t q = 0; q < quads; ++q) {
-      const __m512i weight = _mm512_loadu_si512(weights);
+      const __m512i one = _mm512_loadu_si512(weights), two = _mm512_loadu_si512(others);
       _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
       ahead.at += ahead.step;
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], weight, broadcast4(codes + kQuad * r));
-      codes += kQuad * R;
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        __m512i four = broadcast4(codes + kQuad * r);
+        add_products(dot[r][0], one, four);
+        add_products(dot[r][1], two, four);
+      }
+      codes += step;
       weights += 64;
+      others += 64;
     }
-    const __m512 scale = _mm512_loadu_ps(scales + g * kPanel);
-    for (int r = 0; r < R; ++r) total[r] = add_group(total[r], dot[r], scale, row_scales[g * R + r]);
+    for (int s = 0; s < 2; ++s) {
+      const __m512 scale = _mm512_loadu_ps(scales + g * kPanel + s * kLanes);
+      for (int r = 0; r < R; ++r) total[r][s] = add_group(total[r][s], dot[r][s], scale, row_scales[g * stride + r]);
+    }
   }
-  for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + r * kPanel + strip * kLanes, total[r]);
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < 2; ++s) _mm512_storeu_ps(sums + r * kPanel + (strip + s) * kLanes, total[r][s]);
 }
 
 using FewRows = void (*)(const Packed&, const uint8_t*, const uint8_t*, float*);
-using StripTile = void (*)(const Packed&, const Int8Tile&, int64_t, int64_t, const Chunk&, int, float*, Ahead&);
+using StripTile = void (*)(const Packed&, const Int8Tile&, int64_t, int64_t, int64_t, int64_t, const Chunk&, int, float*, Ahead&);
 
 template <bool kBytes, bool kZeros>
 constexpr FewRows kFew[] = {few_rows<1, kBytes, kZeros>, few_rows<2, kBytes, kZeros>, few_rows<3, kBytes, kZeros>,
@@ -208,10 +225,8 @@ constexpr FewRows kFew[] = {few_rows<1, kBytes, kZeros>, few_rows<2, kBytes, kZe
                             few_rows<7, kBytes, kZeros>, few_rows<8, kBytes, kZeros>};
 
 template <bool kZeros>
-constexpr StripTile kStrip[] = {strip_tile<1, kZeros>,  strip_tile<2, kZeros>,  strip_tile<3, kZeros>,
-                                strip_tile<4, kZeros>,  strip_tile<5, kZeros>,  strip_tile<6, kZeros>,
-                                strip_tile<7, kZeros>,  strip_tile<8, kZeros>,  strip_tile<9, kZeros>,
-                                strip_tile<10, kZeros>, strip_tile<11, kZeros>, strip_tile<12, kZeros>};
+constexpr StripTile kStrip[] = {strip_tile<1, kZeros>, strip_tile<2, kZeros>, strip_tile<3, kZeros>,
+                                strip_tile<4, kZeros>, strip_tile<5, kZeros>, strip_tile<6, kZeros>};
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -235,8 +250,10 @@ void many_rows(const Packed& w, const uint8_t* prepared, int64_t m, int64_t firs
         for (int64_t row = 0; row < pass; row += kTileRows) {
           const int64_t rows = smaller(pass - row, kTileRows);
           const Int8Tile tile(w, prepared + (from + row) * row_bytes, rows);
-          for (int strip = 0; strip < kStrips; ++strip)
-            kStrip<kZeros>[rows - 1](w, tile, group, groups, chunk, strip, sums + row * kPanel, ahead);
+          for (int strip = 0; strip < kStrips; strip += 2)
+            for (int64_t sub = 0; sub < rows; sub += 6)
+              kStrip<kZeros>[smaller(rows - sub, 6) - 1](w, tile, rows, sub, group, groups, chunk, strip,
+                                                         sums + (row + sub) * kPanel, ahead);
         }
       }
       for (int64_t row = 0; row < pass; ++row) finish(e, w.n, from + row, panel, sums + row * kPanel);
