@@ -6,7 +6,7 @@
 // Few rows (the next token): bound by memory, so each thread reads one sequential stream, unpacks codes in registers and uses
 // them for all rows, up to 8, at once. Many rows (the prompt): a panel is unpacked once into the L2 cache, in four strips of 16
 // outputs, and tiles of 6 rows by 32 outputs run over it. Both add up in the same order: int8 products within a
-// group exactly, then groups from first to last by fp32 fused multiply-add.
+// group exactly, groups of a span, on which a row has one scale, times the weights' scales, then spans times that scale.
 #include <immintrin.h>
 
 #include "../epilogue.inl"
@@ -66,59 +66,62 @@ inline __m512i start_of(int32_t start, __m512i zeros) {
   return all;
 }
 
-inline __m512 add_group(__m512 total, __m512i dot, __m512 weight_scale, float row_scale) {
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(weight_scale, _mm512_set1_ps(row_scale)), total);
+// A span's sum goes on with a group's products; a row's sum with those of a span.
+inline __m512 add_group(__m512 span, __m512i dot, __m512 weight_scale) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), weight_scale, span);
 }
 
-// R rows through one panel, straight from the packed stream; strips by twos, since more sums than registers hold would
-// have to be kept. Totals that no register is left for lie in `sums`.
+inline void add_span(float* sum, __m512 span, float row_scale) {
+  _mm512_storeu_ps(sum, _mm512_fmadd_ps(span, _mm512_set1_ps(row_scale), _mm512_loadu_ps(sum)));
+}
+
+// R rows through one panel, straight from the packed stream; strips by twos, where all four at once would need more sums than
+// there are registers.
 template <int R, bool kBytes, bool kZeros>
 void few_rows(const Packed& w, const uint8_t* tile, const uint8_t* panel, float* sums) {
   const Int8Tile rows(w, tile, R);
-  const int64_t groups = w.groups(), quads = w.quads();
-  // As many strips at a time as leave registers for the unpacked codes.
-  constexpr int kTogether = R <= 4 ? kStrips : 2;
+  const int64_t groups = w.groups(), quads = w.quads(), span = span_groups(w), group_bytes = w.group_bytes();
+  constexpr int kTogether = R <= 3 ? kStrips : 2;
+  constexpr int64_t kHeader = 2 * kPanel + (kZeros ? kPanel : 0);
   constexpr int64_t kQuadBytes = kBytes ? 256 : 128, kShare = kQuadBytes * kTogether / kStrips;
-  const int8_t* codes = rows.codes;
-  const uint8_t* header = panel;
   for (int i = 0; i < R * kStrips; ++i) _mm512_storeu_ps(sums + i * kLanes, _mm512_setzero_ps());
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* first_quad = header + 2 * kPanel + (kZeros ? kPanel : 0);
-    _mm_prefetch(reinterpret_cast<const char*>(header + kAhead), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(header + kAhead + 64), _MM_HINT_T0);
+  for (int64_t first = 0; first < groups; first += span) {
     for (int from = 0; from < kStrips; from += kTogether) {
-      __m512i dot[R][kTogether];
-      for (int s = 0; s < kTogether; ++s) {
-        const uint8_t* at = header + 2 * kPanel + kLanes * (from + s);
-        const __m512i zeros = kZeros ? zero_points(at) : _mm512_setzero_si512();
-        for (int r = 0; r < R; ++r) dot[r][s] = start_of<kZeros>(rows.starts[g * R + r], zeros);
-      }
-      const uint8_t* stream = first_quad + from / kTogether * kShare;
-      const int8_t* four = codes;
-      for (int64_t q = 0; q < quads; ++q) {
-        for (int64_t line = 0; line < kShare; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead + line), _MM_HINT_T0);
-        __m512i strip[kTogether];
-        load_strips<kBytes, kTogether>(stream, strip);
+      __m512 spans[R][kTogether] = {};
+      for (int64_t g = first; g < first + span; ++g) {
+        const uint8_t* header = panel + g * group_bytes;
+        _mm_prefetch(reinterpret_cast<const char*>(header + kAhead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(header + kAhead + 64), _MM_HINT_T0);
+        __m512i dot[R][kTogether];
+        for (int s = 0; s < kTogether; ++s) {
+          const uint8_t* at = header + 2 * kPanel + kLanes * (from + s);
+          const __m512i zeros = kZeros ? zero_points(at) : _mm512_setzero_si512();
+          for (int r = 0; r < R; ++r) dot[r][s] = start_of<kZeros>(rows.starts[g * R + r], zeros);
+        }
+        const uint8_t* stream = header + kHeader + from / kTogether * kShare;
+        const int8_t* four = rows.codes + g * quads * kQuad * R;
+        for (int64_t q = 0; q < quads; ++q) {
+          for (int64_t line = 0; line < kShare; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(stream + kAhead + line), _MM_HINT_T0);
+          __m512i strip[kTogether];
+          load_strips<kBytes, kTogether>(stream, strip);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const __m512i all = broadcast4(four + kQuad * r);
-          for (int s = 0; s < kTogether; ++s) add_products(dot[r][s], strip[s], all);
+          for (int r = 0; r < R; ++r) {
+            const __m512i all = broadcast4(four + kQuad * r);
+            for (int s = 0; s < kTogether; ++s) add_products(dot[r][s], strip[s], all);
+          }
+          four += kQuad * R;
+          stream += kQuadBytes;
         }
-        four += kQuad * R;
-        stream += kQuadBytes;
-      }
-      for (int s = 0; s < kTogether; ++s) {
-        const __m512 scale = half_scales(header + 2 * kLanes * (from + s));
-        for (int r = 0; r < R; ++r) {
-          float* sum = sums + r * kPanel + (from + s) * kLanes;
-          const __m512 total = add_group(_mm512_loadu_ps(sum), dot[r][s], scale, rows.scales[g * R + r]);
-          _mm512_storeu_ps(sum, total);
+        for (int s = 0; s < kTogether; ++s) {
+          const __m512 scale = half_scales(header + 2 * kLanes * (from + s));
+          for (int r = 0; r < R; ++r) spans[r][s] = add_group(spans[r][s], dot[r][s], scale);
         }
       }
+      for (int s = 0; s < kTogether; ++s)
+        for (int r = 0; r < R; ++r)
+          add_span(sums + r * kPanel + (from + s) * kLanes, spans[r][s], rows.scales[first * R + r]);
     }
-    codes += quads * kQuad * R;
-    header = first_quad + quads * kQuadBytes;
   }
 }
 
@@ -130,9 +133,10 @@ struct Chunk {
   int32_t* zeros;  // (groups, 64)
 };
 
+// Whole spans.
 int64_t groups_per_chunk(const Packed& w) {
-  const int64_t groups = kChunkInputs / w.group;
-  return groups < 1 ? 1 : (groups < w.groups() ? groups : w.groups());
+  const int64_t span = span_groups(w), groups = kChunkInputs / w.group / span * span;
+  return groups < span ? span : (groups < w.groups() ? groups : w.groups());
 }
 
 Chunk chunk_at(const Packed& w, uint8_t* scratch) {
@@ -173,7 +177,8 @@ struct Ahead {
 };
 
 // R rows by two strips over one chunk, of a tile of `stride` rows; `sums` go on from what earlier chunks left there.
-template <int R, bool kZeros>
+// kOne: spans of one group, whose sums stay in registers.
+template <int R, bool kZeros, bool kOne>
 void strip_tile(const Packed& w, const Int8Tile& rows, int64_t stride, int64_t first_row, int64_t first_group, int64_t groups,
                 const Chunk& chunk, int strip, float* sums, Ahead& ahead) {
   const int64_t quads = w.quads(), step = kQuad * stride;
@@ -184,36 +189,50 @@ void strip_tile(const Packed& w, const Int8Tile& rows, int64_t stride, int64_t f
   const int32_t* zeros = chunk.zeros + strip * kLanes;
   const float* row_scales = rows.scales + first_group * stride + first_row;
   const int32_t* starts = rows.starts + first_group * stride + first_row;
-  __m512 total[R][2];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < 2; ++s) total[r][s] = _mm512_loadu_ps(sums + r * kPanel + (strip + s) * kLanes);
-  for (int64_t g = 0; g < groups; ++g) {
-    __m512i dot[R][2];
-    for (int s = 0; s < 2; ++s) {
-      const __m512i zero = kZeros ? _mm512_loadu_si512(zeros + g * kPanel + s * kLanes) : _mm512_setzero_si512();
-      for (int r = 0; r < R; ++r) dot[r][s] = start_of<kZeros>(starts[g * stride + r], zero);
-    }
-    for (int64_t q = 0; q < quads; ++q) {
-      const __m512i one = _mm512_loadu_si512(weights), two = _mm512_loadu_si512(others);
-      _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
-      ahead.at += ahead.step;
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        __m512i four = broadcast4(codes + kQuad * r);
-        add_products(dot[r][0], one, four);
-        add_products(dot[r][1], two, four);
+  const int64_t span = kOne ? 1 : span_groups(w);
+  __m512 totals[R][2];
+  if constexpr (kOne)
+    for (int s = 0; s < 2; ++s)
+      for (int r = 0; r < R; ++r) totals[r][s] = _mm512_loadu_ps(sums + r * kPanel + (strip + s) * kLanes);
+  for (int64_t first = 0; first < groups; first += span) {
+    __m512 spans[R][2] = {};
+    for (int64_t g = first; g < first + span; ++g) {
+      __m512i dot[R][2];
+      for (int s = 0; s < 2; ++s) {
+        const __m512i zero = kZeros ? _mm512_loadu_si512(zeros + g * kPanel + s * kLanes) : _mm512_setzero_si512();
+        for (int r = 0; r < R; ++r) dot[r][s] = start_of<kZeros>(starts[g * stride + r], zero);
       }
-      codes += step;
-      weights += 64;
-      others += 64;
+      for (int64_t q = 0; q < quads; ++q) {
+        const __m512i one = _mm512_loadu_si512(weights), two = _mm512_loadu_si512(others);
+        _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
+        ahead.at += ahead.step;
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          const __m512i four = broadcast4(codes + kQuad * r);
+          add_products(dot[r][0], one, four);
+          add_products(dot[r][1], two, four);
+        }
+        codes += step;
+        weights += 64;
+        others += 64;
+      }
+      for (int s = 0; s < 2; ++s) {
+        const __m512 scale = _mm512_loadu_ps(scales + g * kPanel + s * kLanes);
+        for (int r = 0; r < R; ++r) spans[r][s] = add_group(spans[r][s], dot[r][s], scale);
+      }
     }
-    for (int s = 0; s < 2; ++s) {
-      const __m512 scale = _mm512_loadu_ps(scales + g * kPanel + s * kLanes);
-      for (int r = 0; r < R; ++r) total[r][s] = add_group(total[r][s], dot[r][s], scale, row_scales[g * stride + r]);
-    }
+    for (int s = 0; s < 2; ++s)
+      for (int r = 0; r < R; ++r) {
+        const float row_scale = row_scales[first * stride + r];
+        if constexpr (kOne)
+          totals[r][s] = _mm512_fmadd_ps(spans[r][s], _mm512_set1_ps(row_scale), totals[r][s]);
+        else
+          add_span(sums + r * kPanel + (strip + s) * kLanes, spans[r][s], row_scale);
+      }
   }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < 2; ++s) _mm512_storeu_ps(sums + r * kPanel + (strip + s) * kLanes, total[r][s]);
+  if constexpr (kOne)
+    for (int s = 0; s < 2; ++s)
+      for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + r * kPanel + (strip + s) * kLanes, totals[r][s]);
 }
 
 using FewRows = void (*)(const Packed&, const uint8_t*, const uint8_t*, float*);
@@ -224,9 +243,9 @@ constexpr FewRows kFew[] = {few_rows<1, kBytes, kZeros>, few_rows<2, kBytes, kZe
                             few_rows<4, kBytes, kZeros>, few_rows<5, kBytes, kZeros>, few_rows<6, kBytes, kZeros>,
                             few_rows<7, kBytes, kZeros>, few_rows<8, kBytes, kZeros>};
 
-template <bool kZeros>
-constexpr StripTile kStrip[] = {strip_tile<1, kZeros>, strip_tile<2, kZeros>, strip_tile<3, kZeros>,
-                                strip_tile<4, kZeros>, strip_tile<5, kZeros>, strip_tile<6, kZeros>};
+template <bool kZeros, bool kOne>
+constexpr StripTile kStrip[] = {strip_tile<1, kZeros, kOne>, strip_tile<2, kZeros, kOne>, strip_tile<3, kZeros, kOne>,
+                                strip_tile<4, kZeros, kOne>, strip_tile<5, kZeros, kOne>, strip_tile<6, kZeros, kOne>};
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -234,6 +253,7 @@ template <bool kBytes, bool kZeros>
 void many_rows(const Packed& w, const uint8_t* prepared, int64_t m, int64_t first, int64_t last, const Epilogue& e,
                uint8_t* scratch) {
   const Chunk chunk = chunk_at(w, scratch);
+  const StripTile* strips = span_groups(w) == 1 ? kStrip<kZeros, true> : kStrip<kZeros, false>;
   const int64_t per_chunk = groups_per_chunk(w), row_bytes = int8_row_bytes(w);
   float* sums = reinterpret_cast<float*>(chunk.zeros + per_chunk * kPanel);
   for (int64_t from = 0; from < m; from += kPassRows) {
@@ -252,7 +272,7 @@ void many_rows(const Packed& w, const uint8_t* prepared, int64_t m, int64_t firs
           const Int8Tile tile(w, prepared + (from + row) * row_bytes, rows);
           for (int strip = 0; strip < kStrips; strip += 2)
             for (int64_t sub = 0; sub < rows; sub += 6)
-              kStrip<kZeros>[smaller(rows - sub, 6) - 1](w, tile, rows, sub, group, groups, chunk, strip,
+              strips[smaller(rows - sub, 6) - 1](w, tile, rows, sub, group, groups, chunk, strip,
                                                          sums + (row + sub) * kPanel, ahead);
         }
       }

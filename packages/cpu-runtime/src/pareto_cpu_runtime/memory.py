@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -111,5 +112,9 @@ def require_memory(plan: MemoryPlan) -> None:
 
 
 def cpus() -> list[int]:
-    """CPUs that this process may run on."""
-    return sorted(os.sched_getaffinity(0))
+    """CPUs that this process may run on: those of all its threads, since OpenMP may have bound each to one of them."""
+    found: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            found |= os.sched_getaffinity(int(thread))
+    return sorted(found)

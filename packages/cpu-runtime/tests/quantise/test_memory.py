@@ -39,11 +39,16 @@ print((status("VmHWM:") - before) / source)
 """
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
-def test_peak_is_at_most_a_quarter_of_the_source(method: str, tmp_path: object) -> None:
+#: what a calibrated method holds beside the codes: copies of the block that it works on, in blocks
+BLOCKS, LAYERS = 4, 24
+
+
+@pytest.mark.parametrize(
+    ("method", "most"), [("rtn", 0.25), ("gptq", 0.14 + BLOCKS / LAYERS), ("awq", 0.14 + BLOCKS / LAYERS)]
+)
+def test_peak_is_the_codes_and_a_few_blocks(method: str, most: float, tmp_path: object) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _CODE, method, str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    share = float(done.stdout)
-    assert 0.05 < share < 0.25  # codes alone are an eighth of fp32 weights
+    assert 0.05 < float(done.stdout) < most  # codes alone are an eighth of fp32 weights

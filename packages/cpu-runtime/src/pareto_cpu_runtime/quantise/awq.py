@@ -22,7 +22,7 @@ from pareto_cpu_runtime.quantise.moments import Moments, collect
 from pareto_cpu_runtime.quantise.stage import Stage
 
 #: rows of a weight that are searched at a time: the search holds several copies of them
-_ROWS = 256
+_ROWS = 64
 
 
 def quantise_stage(stage: Stage) -> dict[str, QuantisedLinear]:

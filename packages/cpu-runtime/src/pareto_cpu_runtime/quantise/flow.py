@@ -7,7 +7,6 @@ calibration are held: nothing grows with the model but the codes.
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import importlib
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pareto_cpu_runtime.quantise.grid import check_finite_weight, check_group
 from pareto_cpu_runtime.quantise.matrix import Matrices, QuantisedLinear, QuantisedModel
 from pareto_cpu_runtime.quantise.operators import find_blocks, linears, operators, output_embedding, weight_of
 from pareto_cpu_runtime.quantise.rtn import round_to_nearest
-from pareto_cpu_runtime.quantise.stage import Stage
+from pareto_cpu_runtime.quantise.stage import Stage, give_back_memory, large_tensors_apart
 
 _METHODS = {
     "rtn": "pareto_cpu_runtime.quantise.rtn",
@@ -73,7 +72,8 @@ def quantise(
         matrices, changed = _round_all(model, chosen, keep_model), {}
     else:
         tokens = calibration_tokens(calibration, config, model)
-        matrices, changed = _Flow(model, tokens, config, chosen, keep_model).run()
+        with large_tensors_apart():
+            matrices, changed = _Flow(model, tokens, config, chosen, keep_model).run()
     return _assemble(model, config, matrices, changed, [name for name, p in precisions.items() if p is None])
 
 
@@ -133,6 +133,7 @@ class _Flow:
             for index, block in enumerate(_progress(list(self.blocks), f"quantise ({self.config.method})")):
                 of_block = {rows: _as_float(found[index]) for rows, found in arguments.items()}
                 self._one(f"{self.prefix}.{index}", block, hidden, reference, of_block)
+                gc.collect()
                 give_back_memory()
             if self.head in self.precisions:
                 self._one_head(hidden)
@@ -211,14 +212,6 @@ def _free(model: Any, name: str) -> None:
     module = model.get_submodule(name)
     if module.weight is not model.get_input_embeddings().weight:
         module.weight.data = torch.empty(0, dtype=module.weight.dtype)
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system: codes that are kept lie between a block's temporaries, and hold pages back."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others need none
-    if trim is not None:
-        trim(0)
 
 
 def _as_float(arguments: Arguments) -> Arguments:
