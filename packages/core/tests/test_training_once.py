@@ -11,7 +11,7 @@ import torch
 
 from pareto_core import ModelError
 from pareto_core.byte_llama import Recipe, tokenizer, untrained
-from pareto_core.training_once import rate, save_whole, shuffled_windows, trained_once
+from pareto_core.training_once import rate, run_command, save_whole, shuffled_windows, trained_once
 
 SMALL = Recipe(width=16, layers=1, heads=2, kv_heads=1, inner=32, positions=32, window=4, batch=2, steps=7, warmup=2)
 
@@ -62,3 +62,17 @@ def test_what_is_there_is_never_touched(tmp_path: Path) -> None:
     save_whole(untrained(SMALL), tokenizer(), tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_command_prints_what_is_kept_or_trains_where_it_is_told(tmp_path, monkeypatch, capsys):
+    trained = []
+    for arguments in ([], [str(tmp_path / "new")]):
+        monkeypatch.setattr("sys.argv", ["model", *arguments])
+        run_command("pareto_core.model", trained.append, lambda: tmp_path / "kept")
+    assert trained == [tmp_path / "new"]
+    assert capsys.readouterr().out.strip() == str(tmp_path / "kept")
+    monkeypatch.setattr("sys.argv", ["model", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        run_command("pareto_core.model", trained.append, lambda: tmp_path / "kept")
+    assert "python -m pareto_core.model" in capsys.readouterr().out
+    assert len(trained) == 1

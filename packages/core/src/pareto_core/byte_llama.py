@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from pareto_core.library import library_path
 from pareto_core.task import Batch, Split
 from pareto_core.tasks.docstrings import EXCLUDED, split_of
 from pareto_core.tiny_gpt2 import topics
-from pareto_core.training_once import fit, save_whole, shuffled_windows, trained_once
+from pareto_core.training_once import fit, run_command, save_whole, shuffled_windows, trained_once
 
 if TYPE_CHECKING:
     import torch
@@ -180,7 +179,8 @@ def _batches(ids: torch.Tensor, recipe: Recipe) -> Iterator[Batch]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        train(Recipe(), split_texts(read_texts())["train"], Path(sys.argv[1]))
-    else:
-        print(byte_llama_path())
+    run_command(
+        "pareto_core.byte_llama",
+        lambda directory: train(Recipe(), split_texts(read_texts())["train"], directory),
+        byte_llama_path,
+    )

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from pareto_core.backbones import TINY_GPT2
 from pareto_core.cache import cache_directory
 from pareto_core.library import corpus_hash, library_path, read_functions, split_functions
 from pareto_core.task import Batch
-from pareto_core.training_once import fit, save_whole, shuffled_windows, trained_once
+from pareto_core.training_once import fit, run_command, save_whole, shuffled_windows, trained_once
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +140,4 @@ def _batches(ids: torch.Tensor, recipe: Recipe) -> Iterator[Batch]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        train(Recipe(), training_texts(), Path(sys.argv[1]))
-    else:
-        print(tiny_gpt2_path())
+    run_command("pareto_core.tiny_gpt2", lambda directory: train(Recipe(), training_texts(), directory), tiny_gpt2_path)

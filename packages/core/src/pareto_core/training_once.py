@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -124,3 +125,16 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def run_command(module: str, train: Callable[[Path], None], kept: Callable[[], Path]) -> None:
+    """``python -m module``: print the kept model's directory, or train into a new one that is named."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", description="Train the model unless it is kept already, and print its directory."
+    )
+    parser.add_argument("directory", nargs="?", type=Path, help="train into this new directory instead")
+    directory = parser.parse_args().directory
+    if directory is None:
+        print(kept())
+    else:
+        train(directory)
