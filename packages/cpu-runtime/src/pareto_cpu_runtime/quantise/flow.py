@@ -22,7 +22,7 @@ from pareto_cpu_runtime.quantise.grid import check_finite_weight, check_group
 from pareto_cpu_runtime.quantise.matrix import Matrices, QuantisedLinear, QuantisedModel
 from pareto_cpu_runtime.quantise.operators import find_blocks, linears, operators, output_embedding, weight_of
 from pareto_cpu_runtime.quantise.rtn import round_to_nearest
-from pareto_cpu_runtime.quantise.stage import Stage, give_back_memory, large_tensors_apart
+from pareto_cpu_runtime.quantise.stage import Stage, give_back_memory
 
 _METHODS = {
     "rtn": "pareto_cpu_runtime.quantise.rtn",
@@ -72,8 +72,7 @@ def quantise(
         matrices, changed = _round_all(model, chosen, keep_model), {}
     else:
         tokens = calibration_tokens(calibration, config, model)
-        with large_tensors_apart():
-            matrices, changed = _Flow(model, tokens, config, chosen, keep_model).run()
+        matrices, changed = _Flow(model, tokens, config, chosen, keep_model).run()
     return _assemble(model, config, matrices, changed, [name for name, p in precisions.items() if p is None])
 
 

@@ -147,29 +147,6 @@ def _output_keeper(kept: dict[str, torch.Tensor], name: str) -> Callable[..., No
     return hook
 
 
-#: mallopt's M_MMAP_THRESHOLD; bytes from which on a tensor gets pages of its own; what glibc ends up with itself
-_MMAP_THRESHOLD, _APART, _USUAL = -3, 1 << 18, 32 << 20
-
-
-@contextlib.contextmanager
-def large_tensors_apart() -> Iterator[None]:
-    """Give each large tensor pages of its own, which go back to the system when it is freed.
-
-    On glibc's heap, what is kept lies between temporaries and holds their pages: the peak grew from block to block, to
-    40 % of the source model. Costs about a third of the time. Other C libraries are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        yield
-        return
-    mallopt(_MMAP_THRESHOLD, _APART)
-    try:
-        yield
-    finally:
-        mallopt(_MMAP_THRESHOLD, _USUAL)
-        give_back_memory()
-
-
 def give_back_memory() -> None:
     """Return freed memory to the system: what is kept lies between temporaries, and holds their pages back."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others need none
