@@ -11,7 +11,8 @@ void check_buffer(const Decoder& decoder, int buffer, int64_t width) {
   if (decoder.program.finished()) throw nb::value_error("the program is finished: no step can be added");
   if (decoder.program.width(buffer) != width)
     throw nb::value_error(("buffer " + std::to_string(buffer) + " is " + std::to_string(decoder.program.width(buffer)) +
-                           " wide, the step needs " + std::to_string(width)).c_str());
+                           " wide, the step needs " + std::to_string(width))
+                              .c_str());
 }
 
 const float* vector_of(Decoder& decoder, const std::optional<Floats>& values, int64_t size, const char* what) {
@@ -48,8 +49,7 @@ std::string add_linear(Decoder& decoder, const Weight& weight, int x, std::optio
                        std::optional<Floats> norm_weight, std::optional<Floats> norm_bias, float epsilon,
                        std::optional<Floats> bias, const std::string& activation, bool gated,
                        std::optional<int> residual, const std::string& kernel, const std::string& compute) {
-  static const std::map<std::string, Norm> norms = {
-      {"none", Norm::none}, {"rms", Norm::rms}, {"layer", Norm::layer}};
+  static const std::map<std::string, Norm> norms = {{"none", Norm::none}, {"rms", Norm::rms}, {"layer", Norm::layer}};
   static const std::map<std::string, Activation> activations = {{"none", Activation::none},
                                                                 {"relu", Activation::relu},
                                                                 {"gelu", Activation::gelu},
@@ -91,8 +91,9 @@ std::string add_linear(Decoder& decoder, const Weight& weight, int x, std::optio
 void check_range(Ints values, int64_t limit, const char* what) {
   for (size_t i = 0; i < values.size(); ++i)
     if (values.data()[i] < 0 || values.data()[i] >= limit)
-      throw nb::value_error((std::string(what) + " " + std::to_string(values.data()[i]) + " is not below " +
-                             std::to_string(limit)).c_str());
+      throw nb::value_error(
+          (std::string(what) + " " + std::to_string(values.data()[i]) + " is not below " + std::to_string(limit))
+              .c_str());
 }
 
 // Two rows at one place of a cache would both write it.
@@ -105,15 +106,17 @@ void check_places(Ints slots, Ints positions) {
   const auto twice = std::adjacent_find(places.begin(), places.end());
   if (twice != places.end())
     throw nb::value_error(("position " + std::to_string(*twice & 0xffffffff) + " of slot " +
-                           std::to_string(*twice >> 32) + " comes twice in one call").c_str());
+                           std::to_string(*twice >> 32) + " comes twice in one call")
+                              .c_str());
 }
 
 void run(Decoder& decoder, Ints tokens, Ints slots, Ints positions, Ints want, Array<float, nb::ndim<2>> logits) {
   if (!decoder.program.finished()) throw nb::value_error("finish the program before running it");
   const size_t rows = tokens.size();
   if (rows == 0 || static_cast<int64_t>(rows) > decoder.program.max_rows())
-    throw nb::value_error(("a call takes 1 to " + std::to_string(decoder.program.max_rows()) + " rows, not " +
-                           std::to_string(rows)).c_str());
+    throw nb::value_error(
+        ("a call takes 1 to " + std::to_string(decoder.program.max_rows()) + " rows, not " + std::to_string(rows))
+            .c_str());
   if (slots.size() != rows || positions.size() != rows) throw nb::value_error("slots and positions: one per token");
   if (logits.shape(0) != want.size() || static_cast<int64_t>(logits.shape(1)) != decoder.outputs)
     throw nb::value_error("logits must be (rows wanted, vocabulary)");
@@ -140,13 +143,13 @@ void run(Decoder& decoder, Ints tokens, Ints slots, Ints positions, Ints want, A
 
 void bind_program(nb::module_& module) {
   nb::class_<Decoder> program(module, "Program");
-  program
-      .def(nb::init<std::shared_ptr<Pool>, int64_t>(), "pool"_a, "max_rows"_a)
-      .def("buffer", [](Decoder& decoder, int64_t width) { return decoder.program.buffer(width); }, "width"_a)
+  program.def(nb::init<std::shared_ptr<Pool>, int64_t>(), "pool"_a, "max_rows"_a)
+      .def(
+          "buffer", [](Decoder& decoder, int64_t width) { return decoder.program.buffer(width); }, "width"_a)
       .def("embed", &add_embed, "table"_a, "x"_a, "scale"_a = 1.0f)
-      .def("linear", &add_linear, "weight"_a, "x"_a, "y"_a = nb::none(), "norm"_a = "none", "norm_weight"_a = nb::none(),
-           "norm_bias"_a = nb::none(), "epsilon"_a = 1e-5f, "bias"_a = nb::none(), "activation"_a = "none",
-           "gated"_a = false, "residual"_a = nb::none(), "kernel"_a = "auto", "compute"_a = "")
+      .def("linear", &add_linear, "weight"_a, "x"_a, "y"_a = nb::none(), "norm"_a = "none",
+           "norm_weight"_a = nb::none(), "norm_bias"_a = nb::none(), "epsilon"_a = 1e-5f, "bias"_a = nb::none(),
+           "activation"_a = "none", "gated"_a = false, "residual"_a = nb::none(), "kernel"_a = "auto", "compute"_a = "")
       .def("finish", [](Decoder& decoder) { decoder.program.finish(); })
       .def("run", &run, "tokens"_a, "slots"_a, "positions"_a, "want"_a, "logits"_a)
       .def_prop_ro("planned_bytes", [](const Decoder& decoder) { return decoder.program.planned_bytes(); });

@@ -44,11 +44,16 @@ inline float erf_of(float x) {
 
 inline float activate(Activation kind, float x) {
   switch (kind) {
-    case Activation::none: return x;
-    case Activation::relu: return x < 0.0f ? 0.0f : x;  // a NaN stays one
-    case Activation::gelu: return 0.5f * x * (1.0f + erf_of(x * 0.70710678118654752f));
-    case Activation::gelu_tanh: return x * sigmoid_of(1.5957691216057308f * __builtin_fmaf(0.044715f * x * x, x, x));
-    case Activation::silu: return x * sigmoid_of(x);
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x < 0.0f ? 0.0f : x;  // a NaN stays one
+    case Activation::gelu:
+      return 0.5f * x * (1.0f + erf_of(x * 0.70710678118654752f));
+    case Activation::gelu_tanh:
+      return x * sigmoid_of(1.5957691216057308f * __builtin_fmaf(0.044715f * x * x, x, x));
+    case Activation::silu:
+      return x * sigmoid_of(x);
   }
   return x;
 }
@@ -60,11 +65,20 @@ inline void activate_all(float* values, int64_t count) {
 
 inline void activate_all(Activation kind, float* values, int64_t count) {
   switch (kind) {
-    case Activation::none: break;
-    case Activation::relu: activate_all<Activation::relu>(values, count); break;
-    case Activation::gelu: activate_all<Activation::gelu>(values, count); break;
-    case Activation::gelu_tanh: activate_all<Activation::gelu_tanh>(values, count); break;
-    case Activation::silu: activate_all<Activation::silu>(values, count); break;
+    case Activation::none:
+      break;
+    case Activation::relu:
+      activate_all<Activation::relu>(values, count);
+      break;
+    case Activation::gelu:
+      activate_all<Activation::gelu>(values, count);
+      break;
+    case Activation::gelu_tanh:
+      activate_all<Activation::gelu_tanh>(values, count);
+      break;
+    case Activation::silu:
+      activate_all<Activation::silu>(values, count);
+      break;
   }
 }
 

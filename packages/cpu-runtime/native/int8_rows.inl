@@ -15,8 +15,8 @@
 namespace pareto {
 namespace {
 
-// Inputs of a row that share a scale, in groups of the weights: a span of at least 128 inputs where groups are smaller and
-// their number allows. Larger spans would cost accuracy, smaller ones cost a multiplication per sum and group.
+// Inputs of a row that share a scale, in groups of the weights: a span of at least 128 inputs where groups are smaller
+// and their number allows. Larger spans would cost accuracy, smaller ones cost a multiplication per sum and group.
 inline int64_t span_groups(const Packed& w) {
   for (int64_t span = 128 / w.group; span > 1; --span)
     if (w.groups() % span == 0) return span;
@@ -48,8 +48,8 @@ inline int32_t largest_bits(const float* x, int64_t count) {
   return largest;
 }
 
-// Symmetric, 127 levels to each side, rounded to nearest even. A span that holds infinity or NaN gets the scale NaN, so that
-// what is computed from it is NaN too.
+// Symmetric, 127 levels to each side, rounded to nearest even. A span that holds infinity or NaN gets the scale NaN, so
+// that what is computed from it is NaN too.
 inline void int8_prepare(const Packed& w, const float* x, int64_t row, int64_t rows, uint8_t* tile) {
   const int64_t padded = w.quads() * kQuad, groups = w.groups(), span = span_groups(w);
   uint8_t* codes = tile;

@@ -45,8 +45,8 @@ struct Features {
     const bool fma = bit(basic.ecx, 12), f16c = bit(basic.ecx, 29);
     avx2 = ymm && fma && f16c && bit(extended.ebx, 5);
     // F, DQ, BW and VL come together on every processor with VNNI; the kernels use all four.
-    avx512f = avx2 && zmm && bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) &&
-              bit(extended.ebx, 31);
+    avx512f =
+        avx2 && zmm && bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) && bit(extended.ebx, 31);
     avx_vnni = avx2 && bit(more.eax, 4);
     avx512_vnni = avx512f && bit(extended.ecx, 11);
     avx512_bf16 = avx512f && bit(more.eax, 5);
@@ -68,30 +68,48 @@ constexpr Isa kAll[] = {Isa::scalar,      Isa::avx2,        Isa::avx512f,  Isa::
 bool available(Isa isa) {
   static const Features features;
   switch (isa) {
-    case Isa::scalar: return true;
-    case Isa::avx2: return features.avx2;
-    case Isa::avx512f: return features.avx512f;
-    case Isa::avx_vnni: return features.avx_vnni;
-    case Isa::avx512_vnni: return features.avx512_vnni;
-    case Isa::avx512_bf16: return features.avx512_bf16;
-    case Isa::avx512_fp16: return features.avx512_fp16;
-    case Isa::amx_int8: return features.amx_int8;
-    case Isa::amx_bf16: return features.amx_bf16;
+    case Isa::scalar:
+      return true;
+    case Isa::avx2:
+      return features.avx2;
+    case Isa::avx512f:
+      return features.avx512f;
+    case Isa::avx_vnni:
+      return features.avx_vnni;
+    case Isa::avx512_vnni:
+      return features.avx512_vnni;
+    case Isa::avx512_bf16:
+      return features.avx512_bf16;
+    case Isa::avx512_fp16:
+      return features.avx512_fp16;
+    case Isa::amx_int8:
+      return features.amx_int8;
+    case Isa::amx_bf16:
+      return features.amx_bf16;
   }
   return false;
 }
 
 const char* name(Isa isa) {
   switch (isa) {
-    case Isa::scalar: return "scalar";
-    case Isa::avx2: return "avx2";
-    case Isa::avx512f: return "avx512f";
-    case Isa::avx_vnni: return "avx_vnni";
-    case Isa::avx512_vnni: return "avx512_vnni";
-    case Isa::avx512_bf16: return "avx512_bf16";
-    case Isa::avx512_fp16: return "avx512_fp16";
-    case Isa::amx_int8: return "amx_int8";
-    case Isa::amx_bf16: return "amx_bf16";
+    case Isa::scalar:
+      return "scalar";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512f:
+      return "avx512f";
+    case Isa::avx_vnni:
+      return "avx_vnni";
+    case Isa::avx512_vnni:
+      return "avx512_vnni";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+    case Isa::avx512_fp16:
+      return "avx512_fp16";
+    case Isa::amx_int8:
+      return "amx_int8";
+    case Isa::amx_bf16:
+      return "amx_bf16";
   }
   return "?";
 }

@@ -2,9 +2,9 @@
 // alone is compiled for its instruction set.
 //
 // y = epilogue(x W^T) is computed in two steps. `prepare` (the prologue) turns rows of x into what the kernel
-// multiplies with: int8 codes with a scale per group, bf16, or fp32. `multiply` takes any number of prepared rows through a
-// range of panels. Both are pure functions of their arguments: threads split rows and panels among them, and a row's
-// result is bitwise the same whatever the split and however many rows lie beside it.
+// multiplies with: int8 codes with a scale per group, bf16, or fp32. `multiply` takes any number of prepared rows
+// through a range of panels. Both are pure functions of their arguments: threads split rows and panels among them, and
+// a row's result is bitwise the same whatever the split and however many rows lie beside it.
 #pragma once
 
 #include <cstddef>
@@ -20,14 +20,14 @@ enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };
 
 // What happens to a sum before it is stored: y = residual + activation(sum + bias), or, gated, activation(gate) * up.
 struct Epilogue {
-  const float* bias = nullptr;      // (panels * 64), 0 where there is no output
+  const float* bias = nullptr;  // (panels * 64), 0 where there is no output
   Activation activation = Activation::none;
   // Each panel holds 2 x (16 gates, then the 16 ups beside them): 64 outputs make 32 values of y.
   bool gated = false;
   const float* residual = nullptr;  // rows as in y; may be y itself
   int64_t residual_stride = 0;
   float* y = nullptr;
-  int64_t stride = 0;               // floats from a row of y to the next
+  int64_t stride = 0;  // floats from a row of y to the next
 };
 
 // Rows that are prepared and multiplied together; the last tile may be narrower.

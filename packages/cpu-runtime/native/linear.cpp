@@ -8,8 +8,8 @@ constexpr int64_t kOwnRows = 2;
 
 constexpr int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-void prepare_row(const Kernel& kernel, const Packed& w, const Prologue& prologue, const float* x, int64_t row, int64_t m,
-                 uint8_t* prepared, float* normed) {
+void prepare_row(const Kernel& kernel, const Packed& w, const Prologue& prologue, const float* x, int64_t row,
+                 int64_t m, uint8_t* prepared, float* normed) {
   const float* source = x;
   if (prologue.norm != Norm::none) {
     normalise(prologue, x, normed, w.k);
@@ -37,7 +37,8 @@ void linear(Team& team, const Kernel& kernel, const Packed& w, const Prologue& p
   uint8_t* prepared = workspace.shared;
   if (m <= kOwnRows) {
     prepared = reinterpret_cast<uint8_t*>(normed) + rounded(4 * w.k);
-    for (int64_t row = 0; row < m; ++row) prepare_row(kernel, w, prologue, x + row * x_stride, row, m, prepared, normed);
+    for (int64_t row = 0; row < m; ++row)
+      prepare_row(kernel, w, prologue, x + row * x_stride, row, m, prepared, normed);
   } else {
     int64_t first, last;
     team.share(m, &first, &last);

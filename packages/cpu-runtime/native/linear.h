@@ -31,8 +31,8 @@ struct Workspace {
 int64_t shared_bytes(const Kernel& kernel, const Packed& w, int64_t m);
 int64_t thread_bytes(const Kernel& kernel, const Packed& w);
 
-// y = epilogue(norm(x) W^T) for m rows of x, `x_stride` floats apart. Called by every thread of the team; ends without a
-// barrier. Where y is read by others next, or x is written, they wait for each other first.
+// y = epilogue(norm(x) W^T) for m rows of x, `x_stride` floats apart. Called by every thread of the team; ends without
+// a barrier. Where y is read by others next, or x is written, they wait for each other first.
 void linear(Team& team, const Kernel& kernel, const Packed& w, const Prologue& prologue, const float* x,
             int64_t x_stride, int64_t m, const Epilogue& epilogue, const Workspace& workspace);
 

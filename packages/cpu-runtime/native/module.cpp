@@ -35,7 +35,8 @@ Weight weight_of(Array<uint8_t, nb::ndim<1>> data, int64_t n, int64_t k, int64_t
   Weight weight{shape_of(n, k, group, bits, asymmetric, multiplier), nb::cast(data)};
   if (static_cast<int64_t>(data.size()) != weight.packed.bytes())
     throw nb::value_error(("packed data has " + std::to_string(data.size()) + " bytes, its shape asks for " +
-                           std::to_string(weight.packed.bytes())).c_str());
+                           std::to_string(weight.packed.bytes()))
+                              .c_str());
   weight.packed.data = data.data();
   return weight;
 }
@@ -159,9 +160,12 @@ NB_MODULE(_native, module) {
                   "multiplier"_a = 1.0f)
       .def("unpack", &unpack_into, "codes"_a, "scales"_a, "zeros"_a = nb::none())
       .def("unpack_dense", &unpack_dense_into, "values"_a);
-  module.def("packed_bytes", [](int64_t n, int64_t k, int64_t group, int bits, bool asymmetric) {
-    return shape_of(n, k, group, bits, asymmetric, 1.0f).bytes();
-  }, "n"_a, "k"_a, "group"_a, "bits"_a = 4, "asymmetric"_a = false);
+  module.def(
+      "packed_bytes",
+      [](int64_t n, int64_t k, int64_t group, int bits, bool asymmetric) {
+        return shape_of(n, k, group, bits, asymmetric, 1.0f).bytes();
+      },
+      "n"_a, "k"_a, "group"_a, "bits"_a = 4, "asymmetric"_a = false);
   module.def("pack", &pack_into, "codes"_a, "scales"_a, "zeros"_a.none(), "bits"_a, "out"_a);
   module.def("pack_dense", &pack_dense_into, "values"_a, "out"_a);
   bind_program(module);

@@ -5,7 +5,8 @@
 namespace pareto {
 namespace {
 
-// Where the codes of output `column` (within its panel) lie within each quad: four bytes in a row, one nibble of them or all.
+// Where the codes of output `column` (within its panel) lie within each quad: four bytes in a row, one nibble of them
+// or all.
 struct Place {
   int64_t byte;
   int shift;

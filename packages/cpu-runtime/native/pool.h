@@ -46,8 +46,8 @@ class Pool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Run work(team, context) on every thread; returns when all are done. One caller at a time: others wait. The work must
-  // not throw.
+  // Run work(team, context) on every thread; returns when all are done. One caller at a time: others wait. The work
+  // must not throw.
   void run(void (*work)(Team&, void*), void* context);
 
  private:

@@ -1,8 +1,8 @@
 // A decoder as a list of steps over numbered buffers, run by a team of threads in one burst per call.
 //
-// Python builds the list once, step by step (src/pareto_cpu_runtime/families); buffers get their places in one block of memory
-// before the first call, so that a call allocates nothing. Rows are tokens: those of one prompt, or one token each of
-// several requests, or both; each row says whose it is (slot) and where it stands (position).
+// Python builds the list once, step by step (src/pareto_cpu_runtime/families); buffers get their places in one block of
+// memory before the first call, so that a call allocates nothing. Rows are tokens: those of one prompt, or one token
+// each of several requests, or both; each row says whose it is (slot) and where it stands (position).
 #pragma once
 
 #include <memory>
@@ -21,8 +21,8 @@ struct Batch {
   const int32_t* slots = nullptr;      // (rows) whose cache a row reads and extends
   const int32_t* positions = nullptr;  // (rows) tokens before it in its slot
   int64_t wanted = 0;
-  const int32_t* want = nullptr;       // (wanted) rows whose logits are asked for
-  float* logits = nullptr;             // (wanted, vocabulary)
+  const int32_t* want = nullptr;  // (wanted) rows whose logits are asked for
+  float* logits = nullptr;        // (wanted, vocabulary)
 };
 
 class Program;
@@ -52,7 +52,9 @@ class Program {
   void finish();
   void run(const Batch& batch);
 
-  float* at(int buffer) const { return reinterpret_cast<float*>(arena_->data() + offsets_[static_cast<size_t>(buffer)]); }
+  float* at(int buffer) const {
+    return reinterpret_cast<float*>(arena_->data() + offsets_[static_cast<size_t>(buffer)]);
+  }
   int64_t width(int buffer) const { return widths_.at(static_cast<size_t>(buffer)); }
   int64_t max_rows() const { return max_rows_; }
   bool finished() const { return arena_ != nullptr; }

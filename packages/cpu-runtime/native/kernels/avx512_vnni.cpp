@@ -1,12 +1,13 @@
 // INT4 (and INT8) weights, int8 compute, on AVX512_VNNI: table 3.1, row "FP32 FP32 INT8 AVX512_VNNI".
 //
-// Weight codes are unsigned and activations signed, which is what vpdpbusd multiplies, so no sign is mended per product;
-// the zero point is taken off by starting each group's sum at -zero * sum(activations).
+// Weight codes are unsigned and activations signed, which is what vpdpbusd multiplies, so no sign is mended per
+// product; the zero point is taken off by starting each group's sum at -zero * sum(activations).
 //
-// Few rows (the next token): bound by memory, so each thread reads one sequential stream, unpacks codes in registers and uses
-// them for all rows, up to 8, at once. Many rows (the prompt): a panel is unpacked once into the L2 cache, in four strips of 16
-// outputs, and tiles of 6 rows by 32 outputs run over it. Both add up in the same order: int8 products within a
-// group exactly, groups of a span, on which a row has one scale, times the weights' scales, then spans times that scale.
+// Few rows (the next token): bound by memory, so each thread reads one sequential stream, unpacks codes in registers
+// and uses them for all rows, up to 8, at once. Many rows (the prompt): a panel is unpacked once into the L2 cache, in
+// four strips of 16 outputs, and tiles of 6 rows by 32 outputs run over it. Both add up in the same order: int8
+// products within a group exactly, groups of a span, on which a row has one scale, times the weights' scales, then
+// spans times that scale.
 #include <immintrin.h>
 
 #include "../epilogue.inl"
@@ -75,8 +76,8 @@ inline void add_span(float* sum, __m512 span, float row_scale) {
   _mm512_storeu_ps(sum, _mm512_fmadd_ps(span, _mm512_set1_ps(row_scale), _mm512_loadu_ps(sum)));
 }
 
-// R rows through one panel, straight from the packed stream; strips by twos, where all four at once would need more sums than
-// there are registers.
+// R rows through one panel, straight from the packed stream; strips by twos, where all four at once would need more
+// sums than there are registers.
 template <int R, bool kBytes, bool kZeros>
 void few_rows(const Packed& w, const uint8_t* tile, const uint8_t* panel, float* sums) {
   const Int8Tile rows(w, tile, R);
@@ -179,8 +180,8 @@ struct Ahead {
 // R rows by two strips over one chunk, of a tile of `stride` rows; `sums` go on from what earlier chunks left there.
 // kOne: spans of one group, whose sums stay in registers.
 template <int R, bool kZeros, bool kOne>
-void strip_tile(const Packed& w, const Int8Tile& rows, int64_t stride, int64_t first_row, int64_t first_group, int64_t groups,
-                const Chunk& chunk, int strip, float* sums, Ahead& ahead) {
+void strip_tile(const Packed& w, const Int8Tile& rows, int64_t stride, int64_t first_row, int64_t first_group,
+                int64_t groups, const Chunk& chunk, int strip, float* sums, Ahead& ahead) {
   const int64_t quads = w.quads(), step = kQuad * stride;
   const int8_t* codes = rows.codes + first_group * quads * step + kQuad * first_row;
   const uint8_t* weights = chunk.strips + strip * chunk.strip_bytes;
@@ -236,7 +237,8 @@ void strip_tile(const Packed& w, const Int8Tile& rows, int64_t stride, int64_t f
 }
 
 using FewRows = void (*)(const Packed&, const uint8_t*, const uint8_t*, float*);
-using StripTile = void (*)(const Packed&, const Int8Tile&, int64_t, int64_t, int64_t, int64_t, const Chunk&, int, float*, Ahead&);
+using StripTile = void (*)(const Packed&, const Int8Tile&, int64_t, int64_t, int64_t, int64_t, const Chunk&, int,
+                           float*, Ahead&);
 
 template <bool kBytes, bool kZeros>
 constexpr FewRows kFew[] = {few_rows<1, kBytes, kZeros>, few_rows<2, kBytes, kZeros>, few_rows<3, kBytes, kZeros>,
@@ -273,7 +275,7 @@ void many_rows(const Packed& w, const uint8_t* prepared, int64_t m, int64_t firs
           for (int strip = 0; strip < kStrips; strip += 2)
             for (int64_t sub = 0; sub < rows; sub += 6)
               strips[smaller(rows - sub, 6) - 1](w, tile, rows, sub, group, groups, chunk, strip,
-                                                         sums + (row + sub) * kPanel, ahead);
+                                                 sums + (row + sub) * kPanel, ahead);
         }
       }
       for (int64_t row = 0; row < pass; ++row) finish(e, w.n, from + row, panel, sums + row * kPanel);
@@ -312,7 +314,7 @@ bool supports(const Packed& w) { return !w.dense(); }
 }  // namespace
 
 extern const Kernel kAvx512Vnni;
-const Kernel kAvx512Vnni = {"avx512_vnni", "int8",        Isa::avx512_vnni, supports, int8_row_bytes,
-                            int8_prepare,  scratch_bytes, multiply};
+const Kernel kAvx512Vnni = {"avx512_vnni",  "int8",       Isa::avx512_vnni, supports,
+                            int8_row_bytes, int8_prepare, scratch_bytes,    multiply};
 
 }  // namespace pareto
