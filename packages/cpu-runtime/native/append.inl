@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "bf16_pairs.inl"
 #include "lanes.inl"
 
 namespace pareto {
@@ -29,14 +30,6 @@ void rotate(const Rotary& rotary, int64_t position, float* x) {
   }
 }
 
-// To nearest even; a NaN stays one.
-inline uint16_t bf16_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 // 127 levels to each side; the scale of a vector with infinity or NaN is NaN.
 inline float int8_codes(const float* x, int64_t count, int8_t* codes, int64_t stride) {
   float largest = 0.0f;
@@ -55,17 +48,18 @@ inline float int8_codes(const float* x, int64_t count, int8_t* codes, int64_t st
 
 void append(CacheType type, const Plane& plane, int64_t head_dim, int64_t position, const float* key,
             const float* value) {
-  const int64_t k = position / kKeyTile * kKeyTile * head_dim + position % kKeyTile;
-  const int64_t v = position * value_width(head_dim);
+  const int64_t tile = position / kKeyTile * kKeyTile * key_width(type, head_dim), lane = position % kKeyTile;
+  const int64_t k = tile + lane, v = position * value_width(head_dim);
   if (type == CacheType::fp32) {
     float* keys = reinterpret_cast<float*>(plane.keys) + k;
     for (int64_t i = 0; i < head_dim; ++i) keys[i * kKeyTile] = key[i];
     std::memcpy(reinterpret_cast<float*>(plane.values) + v, value, static_cast<size_t>(head_dim) * 4);
   } else if (type == CacheType::bf16) {
-    uint16_t* keys = reinterpret_cast<uint16_t*>(plane.keys) + k;
-    uint16_t* values = reinterpret_cast<uint16_t*>(plane.values) + v;
-    for (int64_t i = 0; i < head_dim; ++i) keys[i * kKeyTile] = bf16_of(key[i]);
-    for (int64_t i = 0; i < head_dim; ++i) values[i] = bf16_of(value[i]);
+    uint16_t* keys = reinterpret_cast<uint16_t*>(plane.keys) + tile + 2 * lane;
+    uint16_t* values =
+        reinterpret_cast<uint16_t*>(plane.values) + position / 2 * 2 * value_width(head_dim) + position % 2;
+    for (int64_t i = 0; i < head_dim; ++i) keys[i / 2 * 2 * kKeyTile + i % 2] = bf16_of(key[i]);
+    for (int64_t i = 0; i < head_dim; ++i) values[2 * i] = bf16_of(value[i]);
   } else {
     plane.key_scales[position] = int8_codes(key, head_dim, reinterpret_cast<int8_t*>(plane.keys) + k, kKeyTile);
     plane.value_scales[position] = int8_codes(value, head_dim, reinterpret_cast<int8_t*>(plane.values) + v, 1);

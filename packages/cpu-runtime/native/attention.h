@@ -51,7 +51,8 @@ constexpr int64_t kBlockQueries = 96;
 
 // Floats that `attend` needs for up to `count` rows times heads.
 constexpr int64_t attend_floats(int64_t count, int64_t head_dim) {
-  return kChunk * (head_dim + value_width(head_dim)) + 6 * (kChunk + state_floats(head_dim)) + count * head_dim + 64;
+  return kChunk * (head_dim + value_width(head_dim)) + 6 * (kChunk + kChunk / 2 + state_floats(head_dim)) +
+         value_width(head_dim) + count * head_dim + 64;
 }
 
 struct AttentionStep {

@@ -84,7 +84,7 @@ void add_attention(Decoder& decoder, std::shared_ptr<Cache> cache, int64_t layer
   check_buffer(decoder, y, heads * head_dim);
   AttentionStep step;
   step.ops = ops_named(isa.c_str());
-  require(step.ops, "isa must be auto, scalar, avx2 or avx512f, and on this processor, not '" + isa + "'");
+  require(step.ops, "isa must be auto, scalar, avx2, avx512f or avx512_bf16, and on this processor, not '" + isa + "'");
   step.layer = layer;
   step.x = x;
   step.y = y;

@@ -21,7 +21,7 @@ Cache::Cache(int64_t layers, int64_t slots, int64_t kv_heads, int64_t length, in
       head_dim_(head_dim),
       type_(type),
       element_(element_bytes(type)),
-      key_bytes_(rounded(rounded(length, kChunk) * head_dim * element_, 64)),
+      key_bytes_(rounded(rounded(length, kChunk) * key_width(type, head_dim) * element_, 64)),
       value_bytes_(rounded(length, kChunk) * value_width(head_dim) * element_),
       scale_bytes_(type == CacheType::int8 ? rounded(length, kChunk) * 4 : 0),
       plane_bytes_(key_bytes_ + value_bytes_ + 2 * scale_bytes_),
@@ -40,8 +40,8 @@ Plane Cache::plane(int64_t layer, int64_t slot, int64_t kv_head) const {
 
 void Cache::copy(int64_t from, int64_t to, int64_t tokens) {
   if (from == to || tokens == 0) return;
-  const size_t keys = static_cast<size_t>(rounded(tokens, kKeyTile) * head_dim_ * element_);
-  const size_t values = static_cast<size_t>(tokens * value_width(head_dim_) * element_);
+  const size_t keys = static_cast<size_t>(rounded(tokens, kKeyTile) * key_width(type_, head_dim_) * element_);
+  const size_t values = static_cast<size_t>(rounded(tokens, 2) * value_width(head_dim_) * element_);
   for (int64_t layer = 0; layer < layers_; ++layer)
     for (int64_t head = 0; head < kv_heads_; ++head) {
       const Plane source = plane(layer, from, head), target = plane(layer, to, head);

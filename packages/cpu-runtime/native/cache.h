@@ -2,11 +2,13 @@
 //
 // A plane is what one key-value head of one layer keeps for one slot:
 //
-//   keys          tiles of 16 positions, each (head_dim, 16): a dot product runs with 16 positions beside each other
+//   keys          tiles of 16 positions, each (key_width, 16): a dot product runs with 16 positions beside each other
 //   values        (length, value_width), head_dim filled up with zeros to a multiple of 16
 //   key scales    (length) fp32, int8 only: key = scale * code, one scale per position and head
 //   value scales  (length) fp32, int8 only
 //
+// In bf16 what the products sum over lies in pairs, as the processors' bf16 products take them: keys as
+// (key_width / 2, 16, 2) with head_dim filled up to an even width, values as (length / 2, value_width, 2).
 // Lengths are filled up to whole chunks: attention works on chunks of 128 positions.
 #pragma once
 
@@ -29,6 +31,9 @@ struct Plane {
   float* value_scales = nullptr;
 };
 
+constexpr int64_t key_width(CacheType type, int64_t head_dim) {
+  return type == CacheType::bf16 ? (head_dim + 1) / 2 * 2 : head_dim;
+}
 constexpr int64_t value_width(int64_t head_dim) { return (head_dim + kKeyTile - 1) / kKeyTile * kKeyTile; }
 
 class Cache {

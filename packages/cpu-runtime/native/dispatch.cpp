@@ -7,7 +7,7 @@
 namespace pareto {
 
 extern const Kernel kScalar, kAvx2, kAvx512f, kAvxVnni, kAvx512Vnni, kAvx512Bf16, kAvx512Fp16, kAmxInt8, kAmxBf16;
-extern const Ops kOpsBaseline, kOpsAvx2, kOpsAvx512;
+extern const Ops kOpsBaseline, kOpsAvx2, kOpsAvx512, kOpsAvx512Bf16;
 
 const std::vector<const Kernel*>& kernels() {
   // Best first: int8, then 16 bits, then fp32; within each, wider before narrower.
@@ -27,7 +27,10 @@ const Kernel* choose(const Packed& w, const char* name, const char* compute) {
 }
 
 const Ops& ops() {
-  static const Ops& best = available(Isa::avx512f) ? kOpsAvx512 : available(Isa::avx2) ? kOpsAvx2 : kOpsBaseline;
+  static const Ops& best = available(Isa::avx512_bf16) ? kOpsAvx512Bf16
+                           : available(Isa::avx512f)   ? kOpsAvx512
+                           : available(Isa::avx2)      ? kOpsAvx2
+                                                       : kOpsBaseline;
   return best;
 }
 

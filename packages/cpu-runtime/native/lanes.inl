@@ -33,10 +33,6 @@ struct Lanes {
 inline Lanes zeros() { return {_mm512_setzero_ps()}; }
 inline Lanes every(float x) { return {_mm512_set1_ps(x)}; }
 inline Lanes load(const float* from) { return {_mm512_loadu_ps(from)}; }
-inline Lanes load(const uint16_t* from) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
-}
 inline Lanes load(const int8_t* from) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
 }
@@ -64,11 +60,6 @@ struct Lanes {
 inline Lanes zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Lanes every(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Lanes load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-inline __m256 widened(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }
-inline Lanes load(const uint16_t* from) {
-  const __m128i* both = reinterpret_cast<const __m128i*>(from);
-  return {widened(_mm_loadu_si128(both)), widened(_mm_loadu_si128(both + 1))};
-}
 inline Lanes load(const int8_t* from) {
   const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)),
@@ -115,14 +106,6 @@ inline Lanes zeros() { return every(0.0f); }
 inline Lanes load(const float* from) {
   Lanes all;
   for (int i = 0; i < kLanes; ++i) all.v[i] = from[i];
-  return all;
-}
-inline Lanes load(const uint16_t* from) {
-  Lanes all;
-  for (int i = 0; i < kLanes; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    __builtin_memcpy(all.v + i, &bits, 4);
-  }
   return all;
 }
 inline Lanes load(const int8_t* from) {

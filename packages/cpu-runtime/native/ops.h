@@ -1,5 +1,5 @@
 // What lies between the matrix multiplications, as functions of plain arrays. The text is in ops.inl and attention.inl
-// and is compiled three times: for any x86-64, for AVX2 and for AVX-512.
+// and is compiled four times: for any x86-64, for AVX2, for AVX-512 and for AVX-512 with its products of bf16 numbers.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Included by ops_baseline.cpp, ops_avx2.cpp and ops_avx512.cpp, each compiled for its instruction set; see
-// epilogue.inl for why everything is in an unnamed namespace.
+// Included by each of the ops_*.cpp, which are compiled for their instruction sets; see epilogue.inl for why everything
+// is in an unnamed namespace.
 #include <cmath>
 
 #include "attention.inl"

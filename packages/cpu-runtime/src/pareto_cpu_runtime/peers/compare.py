@@ -24,6 +24,8 @@ from pareto_cpu_runtime.peers.workers import Worker, run_script, script
 LEAST_CORRELATION = 0.99
 PROMPT, NEW, LONG_PROMPT = 32, 32, 512
 GROUPS = (32, 128)
+#: requests at a time; the first is what the others are compared with
+REQUESTS = (1, 8)
 
 
 @dataclasses.dataclass
@@ -101,23 +103,33 @@ def check_agreement(answers: dict[str, np.ndarray], against: dict[str, str]) -> 
     return found
 
 
-def models(geometry: Geometry, folder: Path, python: str, threads: int, turns: int) -> Table:
-    """First and next token of whole models, llama.cpp's and ours at both group sizes."""
+def model_workers(
+    stack: contextlib.ExitStack, geometry: Geometry, folder: Path, python: str, threads: int, slots: int
+) -> list[Worker]:
+    """llama.cpp and ours at both group sizes, for ``slots`` requests at a time; the model is written at first."""
     gguf = folder / "model.gguf"
     if not gguf.exists():
         print("writing the random model for each runtime", file=sys.stderr)
         run_script(python, "gguf_writer.py", geometry=dataclasses.asdict(geometry), path=str(gguf))
         for group in GROUPS:
             packed_model.write(geometry, group, folder / f"packed-{group}")
-    length = str(LONG_PROMPT + 2 * NEW)
+    length = LONG_PROMPT + 2 * NEW
+    # llama.cpp's context is that of all requests together, ours that of each.
+    context = max(length, slots * (PROMPT + 2 * NEW))
+    llama = [python, script("llama_worker.py"), str(gguf), *map(str, (threads, context, LONG_PROMPT, slots))]
+    workers = [stack.enter_context(Worker("llama.cpp", llama, threads))]
+    for group in GROUPS:
+        module = [sys.executable, "-m", "pareto_cpu_runtime.peers.pareto_worker"]
+        command = [*module, str(folder / f"packed-{group}"), *map(str, (threads, length, slots))]
+        workers.append(stack.enter_context(Worker(f"ours, group {group}", command, threads)))
+    return workers
+
+
+def models(geometry: Geometry, folder: Path, python: str, threads: int, turns: int) -> Table:
+    """First and next token of whole models, llama.cpp's and ours at both group sizes."""
     meter = LimitsMeter(threads)
     with contextlib.ExitStack() as stack:
-        llama = [python, script("llama_worker.py"), str(gguf), str(threads), length, str(LONG_PROMPT)]
-        workers = [stack.enter_context(Worker("llama.cpp", llama, threads))]
-        for group in GROUPS:
-            module = [sys.executable, "-m", "pareto_cpu_runtime.peers.pareto_worker"]
-            command = [*module, str(folder / f"packed-{group}"), str(threads), length]
-            workers.append(stack.enter_context(Worker(f"ours, group {group}", command, threads)))
+        workers = model_workers(stack, geometry, folder, python, threads, 1)
         agreement = agree(workers, geometry, folder)
         cases = [Timed(name, {w.name: [] for w in workers}) for name in CASES]
         short, long = prompts(geometry)
@@ -145,6 +157,52 @@ def models(geometry: Geometry, folder: Path, python: str, threads: int, turns: i
     for case, rows in ((cases[1], PROMPT), (cases[2], LONG_PROMPT)):
         case.giga_operations = 2 * (body * rows + head) / 1e9
     return Table("whole model", threads, meter.read, meter.multiply, cases, agreement)
+
+
+@dataclasses.dataclass
+class Together:
+    """Requests served together and alone: (first tokens, all others) in seconds by runtime and count, turn by turn."""
+
+    threads: int
+    prompt: int
+    new: int
+    seconds: dict[str, dict[int, list[tuple[float, float]]]]
+
+    def throughput(self, runtime: str, requests: int) -> Interval:
+        """How many times as many tokens per second as one request alone, prompts included."""
+        whole = {n: [sum(turn) for turn in turns] for n, turns in self.seconds[runtime].items()}
+        return ratio_of_medians([requests * seconds for seconds in whole[1]], whole[requests])
+
+    def throughput_of_steps(self, runtime: str, requests: int) -> Interval:
+        """The same from the first tokens on: what continuous batching runs while nobody joins."""
+        steps = {n: [after for _, after in turns] for n, turns in self.seconds[runtime].items()}
+        return ratio_of_medians([requests * seconds for seconds in steps[1]], steps[requests])
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, turn by turn."""
+        return dataclasses.asdict(self)
+
+
+def together(geometry: Geometry, folder: Path, python: str, threads: int, turns: int) -> Together:
+    """Eight requests at a time beside one, in each runtime; ours must answer each as it does alone."""
+    drawn = np.random.default_rng(1).integers(0, geometry.vocabulary, (max(REQUESTS), PROMPT)).tolist()
+    with contextlib.ExitStack() as stack:
+        workers = model_workers(stack, geometry, folder, python, threads, max(REQUESTS))
+        agree(workers, geometry, folder)
+        for worker in workers:  # warms up
+            answer = worker.ask(prompts=drawn, new=8)
+            for prompt, tokens in zip(drawn, answer.get("tokens", ()), strict=False):
+                if worker.ask(prompts=[prompt], new=8)["tokens"] != [tokens]:
+                    raise ModelError(f"{worker.name}: a request was answered otherwise than alone: nothing timed")
+        found = Together(threads, PROMPT, 2 * NEW, {w.name: {n: [] for n in REQUESTS} for w in workers})
+
+        def turn(worker: Worker, _number: int) -> None:
+            for count in REQUESTS:
+                start, first, end = worker.ask(prompts=drawn[:count], new=found.new)["times"]
+                found.seconds[worker.name][count].append((first - start, end - first))
+
+        in_turns(workers, turns, turn, f"requests together, {threads} threads")
+    return found
 
 
 CASES = ("next token", f"first token, {PROMPT} in", f"first token, {LONG_PROMPT} in")

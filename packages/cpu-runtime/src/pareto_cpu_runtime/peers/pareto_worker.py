@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from pareto_cpu_runtime.batching import Engine, Request
 from pareto_cpu_runtime.runtime import Runtime
 
 
@@ -29,15 +31,31 @@ class Stopwatch:
         """Called when generation ends."""
 
 
+def together(runtime: Runtime, prompts: Sequence[Sequence[int]], new: int) -> dict[str, Any]:
+    """Serve all prompts at once: the times at the start, when all had their first token, and at the end."""
+    times = [time.perf_counter()]
+    engine = Engine(runtime)
+    handles = [engine.submit(Request(tokens=prompt, max_new_tokens=new)) for prompt in prompts]
+    while not all(handle.tokens for handle in handles):
+        engine.step()
+    times.append(time.perf_counter())
+    engine.run()
+    times.append(time.perf_counter())
+    return {"times": times, "tokens": [handle.tokens for handle in handles]}
+
+
 def main() -> None:
     """Serve until the input ends."""
     import torch
 
-    path, threads, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    runtime = Runtime.from_pretrained(path, threads=threads, max_length=length)
+    path, threads, length, slots = sys.argv[1], *map(int, sys.argv[2:5])
+    runtime = Runtime.from_pretrained(path, threads=threads, max_length=length, slots=slots)
     print(json.dumps({"ready": str(runtime.kernels())}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        if "prompts" in request:
+            print(json.dumps(together(runtime, request["prompts"], request["new"])), flush=True)
+            continue
         prompt = torch.tensor([request["prompt"]])
         if "logits" in request:
             np.save(request["logits"], runtime(input_ids=prompt).logits[0, -1].float().numpy())

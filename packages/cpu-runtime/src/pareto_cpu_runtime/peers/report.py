@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from pareto_cpu_runtime.peers.compare import Table, Timed
+from pareto_cpu_runtime.peers.compare import Table, Timed, Together
 from pareto_cpu_runtime.peers.geometry import Geometry
 
 
-def markdown(geometry: Geometry, tables: Sequence[Table]) -> str:
+def markdown(geometry: Geometry, tables: Sequence[Table], served: Sequence[Together] = ()) -> str:
     """Every table, one after the other."""
     lines = [
         f"# {geometry.name} with random weights, {geometry.layers} layers",
@@ -20,6 +20,8 @@ def markdown(geometry: Geometry, tables: Sequence[Table]) -> str:
     ]
     for table in tables:
         lines += [*one(table), ""]
+    for found in served:
+        lines += [*together(found), ""]
     return "\n".join(lines)
 
 
@@ -44,6 +46,28 @@ def one(table: Table) -> list[str]:
             lines.append(
                 f"| {case.case} | {name} | {1e3 * statistics.median(seconds):.2f} | {ratio} | "
                 f"{share(case, name, read, multiply)} |"
+            )
+    return lines
+
+
+def together(found: Together) -> list[str]:
+    """Requests at a time: a row per runtime and count."""
+    lines = [
+        f"## requests together, {found.threads} thread{'s' * (found.threads > 1)}",
+        "",
+        f"{found.prompt} tokens in, {found.new} out for each; throughput against one request alone, whole and from the "
+        "first tokens on.",
+        "",
+        "| runtime | requests | first tokens, ms | a step, ms | tokens per second | throughput | of steps |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, counts in found.seconds.items():
+        for count, turns in counts.items():
+            first, rest, whole = (statistics.median(times) for times in (*zip(*turns, strict=True), map(sum, turns)))
+            ratios = (found.throughput(name, count), found.throughput_of_steps(name, count)) if count > 1 else ("", "")
+            lines.append(
+                f"| {name} | {count} | {1e3 * first:.1f} | {1e3 * rest / (found.new - 1):.2f} | "
+                f"{count * found.new / whole:.1f} | {ratios[0]} | {ratios[1]} |"
             )
     return lines
 
