@@ -71,7 +71,7 @@ def kernels(session: nox.Session, build: str) -> None:
         environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
     elif build == "undefined":
         environment |= {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
-    tests = [f"packages/cpu-runtime/tests/test_{name}.py" for name in ("kernels", "packing")]
+    tests = [f"packages/cpu-runtime/tests/test_{name}.py" for name in ("kernels", "packing", "attention")]
     session.run("python", "-m", "pytest", *tests, *session.posargs, env=environment)
 
 
