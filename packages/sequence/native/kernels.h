@@ -12,6 +12,13 @@ constexpr int64_t kBlock = 64;
 // Lanes of the widest vector.
 constexpr int kMostLanes = 16;
 
+// Positions of one sequence, all channels of them: channel d's begin `stride` floats after those of the one before.
+struct NormTile {
+  int64_t width, stride, count;  // count is a multiple of kMostLanes
+  const float *weight, *bias;    // (width)
+  float epsilon;
+};
+
 struct Kernels {
   const char* name;
   Isa isa;
@@ -26,6 +33,15 @@ struct Kernels {
 
   // The sum of `count` values: in fp32 over a few thousand at a time, those sums in double.
   double (*sum)(const float* values, int64_t count);
+
+  // y = x + SiLU(weight * (c - mean) * rstd + bias), mean and 1 / sqrt(variance + epsilon) over the channels of each
+  // position; writes those, and uses `packed` (width * count).
+  void (*norm_forward)(const NormTile& tile, const float* c, const float* x, float* y, float* packed, float* mean,
+                       float* rstd);
+
+  // The gradient of c from that of y; adds those of weight and bias, and uses `packed` (2 * (width + 1) * count).
+  void (*norm_backward)(const NormTile& tile, const float* c, const float* grad, const float* mean, const float* rstd,
+                        float* c_grad, float* packed, float* weight_grad, float* bias_grad);
 };
 
 // The kernels of that name, or of the best instruction set available where `name` is empty; null where there is none of

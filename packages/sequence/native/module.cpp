@@ -11,6 +11,7 @@
 #include <string>
 
 #include "conv.h"
+#include "norm.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -81,11 +82,61 @@ void weight_gradient_arrays(const Input& x, const Input& grad, const Array<float
                   bias_grad ? bias_grad->data() : nullptr, threads);
 }
 
+using Output = Array<float, 3>;
+
+NormShape norm_shape(const Input& c, const Vector& weight, const Vector& bias, int threads) {
+  require(c.shape(1) >= 1, "there must be at least one channel");
+  require(weight.shape(0) == c.shape(1) && bias.shape(0) == c.shape(1),
+          "weight and bias must have a value per channel");
+  require(threads >= 1 && threads <= kMostThreads, "threads must be 1 to 1024");
+  return {static_cast<int64_t>(c.shape(0)), static_cast<int64_t>(c.shape(1)), static_cast<int64_t>(c.shape(2))};
+}
+
+template <typename A>
+void require_shape(const A& array, const Input& c) {
+  for (size_t i = 0; i < 3; ++i) require(array.shape(i) == c.shape(i), "all of the arrays must have one shape");
+}
+
+template <typename A>
+void require_places(const A& array, const Input& c) {
+  require(array.shape(0) == c.shape(0) && array.shape(1) == c.shape(2), "mean and rstd must be (batch, length)");
+}
+
+void norm_silu_add_arrays(const Input& c, const Input& x, const Vector& weight, const Vector& bias, float epsilon,
+                          const Output& out, const Array<float, 2>& mean, const Array<float, 2>& rstd, int threads,
+                          const std::string& isa) {
+  const NormShape shape = norm_shape(c, weight, bias, threads);
+  require_shape(x, c);
+  require_shape(out, c);
+  require_places(mean, c);
+  require_places(rstd, c);
+  const Kernels& kernels = kernels_of(isa);
+  const nb::gil_scoped_release release;
+  norm_silu_add(kernels, shape, c.data(), x.data(), weight.data(), bias.data(), epsilon, out.data(), mean.data(),
+                rstd.data(), threads);
+}
+
+void norm_silu_add_gradient_arrays(const Input& c, const Input& grad, const Vector& weight, const Vector& bias,
+                                   const Weight& mean, const Weight& rstd, const Output& c_grad,
+                                   const Array<float, 1>& weight_grad, const Array<float, 1>& bias_grad, int threads,
+                                   const std::string& isa) {
+  const NormShape shape = norm_shape(c, weight, bias, threads);
+  require_shape(grad, c);
+  require_shape(c_grad, c);
+  require_places(mean, c);
+  require_places(rstd, c);
+  require(weight_grad.shape(0) == c.shape(1) && bias_grad.shape(0) == c.shape(1), "gradients must be (channels)");
+  const Kernels& kernels = kernels_of(isa);
+  const nb::gil_scoped_release release;
+  norm_silu_add_gradient(kernels, shape, c.data(), grad.data(), weight.data(), bias.data(), mean.data(), rstd.data(),
+                         c_grad.data(), weight_grad.data(), bias_grad.data(), threads);
+}
+
 }  // namespace
 }  // namespace pareto
 
 NB_MODULE(_native, module) {
-  module.doc() = "Depthwise dilated convolution for CPUs, forward and backward.";
+  module.doc() = "Depthwise dilated convolution for CPUs and what follows it in a residual block, with gradients.";
   module.def("available", &pareto::available_names,
              "Names of the instruction sets that are available, the least first.");
   // Without noconvert an array of another type would be copied, and an output written to the copy.
@@ -96,4 +147,12 @@ NB_MODULE(_native, module) {
   module.def("weight_gradient", &pareto::weight_gradient_arrays, "x"_a.noconvert(), "grad"_a.noconvert(),
              "weight_grad"_a.noconvert(), "bias_grad"_a.noconvert().none(), "dilation"_a, "circular"_a, "threads"_a = 1,
              "isa"_a = "", "Write the gradients with respect to weight (D, K) and bias (D) for grad (B, D, L).");
+  module.def("norm_silu_add", &pareto::norm_silu_add_arrays, "c"_a.noconvert(), "x"_a.noconvert(),
+             "weight"_a.noconvert(), "bias"_a.noconvert(), "epsilon"_a, "out"_a.noconvert(), "mean"_a.noconvert(),
+             "rstd"_a.noconvert(), "threads"_a = 1, "isa"_a = "",
+             "out (B, D, L) = x + SiLU(layer norm of c over its channels); writes mean and rstd (B, L).");
+  module.def("norm_silu_add_gradient", &pareto::norm_silu_add_gradient_arrays, "c"_a.noconvert(), "grad"_a.noconvert(),
+             "weight"_a.noconvert(), "bias"_a.noconvert(), "mean"_a.noconvert(), "rstd"_a.noconvert(),
+             "c_grad"_a.noconvert(), "weight_grad"_a.noconvert(), "bias_grad"_a.noconvert(), "threads"_a = 1,
+             "isa"_a = "", "Write the gradients with respect to c, weight and bias for grad (B, D, L).");
 }

@@ -7,11 +7,12 @@ constexpr int kLanes = 8, kAccs = 8, kDots = 8;
 }  // namespace pareto
 
 #include "loops.inl"
+#include "norm.inl"
 
 namespace pareto {
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", Isa::avx2, kLanes, run, dots, sum};
+const Kernels kAvx2 = {"avx2", Isa::avx2, kLanes, run, dots, sum, norm_forward, norm_backward};
 
 }  // namespace pareto
 #endif

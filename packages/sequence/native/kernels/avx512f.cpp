@@ -7,11 +7,12 @@ constexpr int kLanes = 16, kAccs = 4, kDots = 16;
 }  // namespace pareto
 
 #include "loops.inl"
+#include "norm.inl"
 
 namespace pareto {
 
 extern const Kernels kAvx512f;
-const Kernels kAvx512f = {"avx512f", Isa::avx512f, kLanes, run, dots, sum};
+const Kernels kAvx512f = {"avx512f", Isa::avx512f, kLanes, run, dots, sum, norm_forward, norm_backward};
 
 }  // namespace pareto
 #endif

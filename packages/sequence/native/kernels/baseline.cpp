@@ -6,10 +6,11 @@ constexpr int kLanes = 4, kAccs = 8, kDots = 8;
 }  // namespace pareto
 
 #include "loops.inl"
+#include "norm.inl"
 
 namespace pareto {
 
 extern const Kernels kBaseline;
-const Kernels kBaseline = {"baseline", Isa::baseline, kLanes, run, dots, sum};
+const Kernels kBaseline = {"baseline", Isa::baseline, kLanes, run, dots, sum, norm_forward, norm_backward};
 
 }  // namespace pareto
