@@ -66,7 +66,7 @@ class SequenceConfig(PreTrainedConfig):
     norm: Literal["layer", "scale", "rms", "batch"] = "layer"
     prenorm: bool = True
     state_size: int = 16
-    ema_algorithm: Literal["fft", "truncated", "auto"] = "fft"
+    ema_algorithm: Literal["fft", "factored", "truncated", "auto"] = "fft"
     kernel_size: int = 15
     dilation_factor: int = 12
     tcn_depth: int = 3
