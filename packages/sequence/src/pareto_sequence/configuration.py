@@ -61,7 +61,7 @@ class SequenceConfig(PreTrainedConfig):
     num_layers: int = 12
     chunk_size: int | None = 2048
     attention: Literal["softmax", "laplace"] = "softmax"
-    bias: Literal["simple", "rotary"] = "rotary"
+    bias: Literal["simple", "rotary", "none"] = "rotary"
     num_heads: int = 4
     norm: Literal["layer", "scale", "rms", "batch"] = "layer"
     prenorm: bool = True
@@ -121,7 +121,18 @@ class SequenceConfig(PreTrainedConfig):
             allowed = f"must be a divisor of hidden_size = {self.hidden_size}"
             self._require("num_heads", self.hidden_size % self.num_heads == 0, allowed)
         if self.mixer == "transformer":
-            even = self.hidden_size // self.num_heads % 2 == 0 or self.positions == "sinusoidal"
-            self._require("hidden_size", even, f"over num_heads = {self.num_heads} must be even for rotary positions")
             self._require("hidden_size", self.hidden_size % 2 == 0, "must be even for sines and cosines")
             self._require("attention", self.attention == "softmax", "the Transformer's attention is 'softmax'")
+        self._check_rotation()
+
+    def _check_rotation(self) -> None:
+        """Rotary positions turn the halves of a query in pairs: what they turn must be even."""
+        rotary = self.positions if self.mixer == "transformer" else self.bias
+        if rotary != "rotary" or self.mixer == "tcn":
+            return
+        if self.mixer in ("mega", "tcnca"):
+            self._require("shared_size", self.shared_size % 2 == 0, "must be even for the rotary bias")
+            return
+        heads = 1 if self.mixer == "tcncgsha" else self.num_heads
+        allowed = f"must be a multiple of {2 * heads} for rotary positions of {heads} heads"
+        self._require("hidden_size", self.hidden_size % (2 * heads) == 0, allowed)

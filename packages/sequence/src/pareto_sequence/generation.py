@@ -13,6 +13,8 @@ one cannot; transformers refuses it.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,31 +43,38 @@ class SequenceState:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i of the batch continue what was row ``beam_idx[i]``, as beam search asks."""
-        self.layers = map_tensors(self.layers, lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.layers = select_rows(self.layers, beam_idx)
 
     def nbytes(self) -> int:
         """Return the bytes of all tensors held."""
-        sizes: list[int] = []
-
-        def count(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.numel() * tensor.element_size())
-            return tensor
-
-        map_tensors(self.layers, count)
-        return sum(sizes)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(self.layers))
 
 
-def map_tensors(tree: Any, function: Any) -> Any:
-    """Return ``tree`` (tuples, lists, dictionaries, dataclass-free leaves) with each tensor replaced."""
+def select_rows(tree: Any, index: Tensor) -> Any:
+    """Return the state ``tree`` of the batch's rows ``index``; a tensor's batch is its first axis.
+
+    Objects that know their own way have ``select(index)``.
+    """
     if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(item, function) for item in tree))
+        return tree.index_select(0, index.to(tree.device))
+    if hasattr(tree, "select"):
+        return tree.select(index)
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tensors(item, function) for item in tree)
-    if isinstance(tree, dict):
-        return {key: map_tensors(item, function) for key, item in tree.items()}
+        items = [select_rows(item, index) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """Yield every tensor that the state ``tree`` holds."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_of(item)
+    elif dataclasses.is_dataclass(tree):
+        for field in dataclasses.fields(tree):
+            yield from tensors_of(getattr(tree, field.name))
 
 
 class SequenceGenerationMixin(GenerationMixin):

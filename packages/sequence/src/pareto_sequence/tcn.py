@@ -15,14 +15,12 @@ A decoder's step costs O(K) per channel and block: each block keeps a ring buffe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pareto_core.errors import ModelError, UnsupportedError
-from pareto_sequence.conv import conv_step, depthwise_conv
+from pareto_sequence.conv import ConvState, conv_step, depthwise_conv
 from pareto_sequence.norms import make_norm
 
 SPAN_LIMIT = 2**31
@@ -74,8 +72,8 @@ class ResidualBlock(nn.Module):
         """Map (B, L, D) to the same shape; see :meth:`TCN.forward` for ``mask``."""
         return x + self._activate(self._convolve(x, mask), mask)
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Advance by one position: x (B, D) and the ring buffer give y (B, D) and the ring buffer."""
+    def step(self, x: Tensor, state: ConvState | None) -> tuple[Tensor, ConvState]:
+        """Advance by one position: x (B, D) and the ring buffer give y (B, D) and the same buffer, changed."""
         y, state = conv_step(x, state, self.weight, self.bias, self.dilation)
         return x + self._activate(y, None), state
 
@@ -158,10 +156,10 @@ class TCN(nn.Module):
             y = block(y, mask)
         return y if self.omega is None else y + self.omega * x
 
-    def step(self, x: Tensor, state: tuple[Any, ...] | None = None) -> tuple[Tensor, tuple[Any, ...]]:
+    def step(self, x: Tensor, state: tuple[ConvState, ...] | None = None) -> tuple[Tensor, tuple[ConvState, ...]]:
         """Advance a decoder by one position: x (B, D) gives y (B, D), at O(K) per channel and block.
 
-        ``state`` holds one ring buffer per block; None is the start, zeros. Raises :class:`UnsupportedError` for an
+        ``state`` holds one ring buffer per block, which the step changes in place; None is the start, zeros. Raises :class:`UnsupportedError` for an
         encoder, whose first output needs the end of the sequence.
         """
         self._check_input(x, 2)
@@ -171,14 +169,14 @@ class TCN(nn.Module):
             states.append(buffer)
         return y if self.omega is None else y + self.omega * x, tuple(states)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    def prefill(self, x: Tensor) -> tuple[Tensor, tuple[ConvState, ...]]:
         """Map (B, L, D) as :meth:`forward` does and return the state after the last position as well."""
         self._check_input(x, 3)
         if self.circular:
             raise UnsupportedError("a circular TCN has no state: an output needs the end of the sequence")
         y, states = x, []
         for block in self.blocks:
-            states.append(_buffer_of(y, block.span))
+            states.append(ConvState.after(y.transpose(1, 2), block.weight.shape[1], block.dilation))
             y = block(y)
         return y if self.omega is None else y + self.omega * x, tuple(states)
 
@@ -195,8 +193,3 @@ class TCN(nn.Module):
 def _check(name: str, value: int) -> None:
     if value < 1:
         raise ModelError(f"{name} = {value}: must be at least 1")
-
-
-def _buffer_of(x, span):
-    e = F.pad(x.transpose(1, 2), (span, 0))
-    return e[:, :, e.shape[2] - span :]
