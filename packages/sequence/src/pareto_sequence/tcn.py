@@ -159,8 +159,8 @@ class TCN(nn.Module):
     def step(self, x: Tensor, state: tuple[ConvState, ...] | None = None) -> tuple[Tensor, tuple[ConvState, ...]]:
         """Advance a decoder by one position: x (B, D) gives y (B, D), at O(K) per channel and block.
 
-        ``state`` holds one ring buffer per block, which the step changes in place; None is the start, zeros. Raises :class:`UnsupportedError` for an
-        encoder, whose first output needs the end of the sequence.
+        ``state`` holds one ring buffer per block, which the step changes in place; None is the start, zeros. Raises
+        :class:`UnsupportedError` for an encoder, whose first output needs the end of the sequence.
         """
         self._check_input(x, 2)
         y, states = x, []

@@ -1,7 +1,7 @@
 """The temporal block of each row of the ladder, by the name of its mixer.
 
-Shapes and ways to run are those of :mod:`pareto_sequence.blocks`. The classes add to attention and EMA what whole models
-need of them: the mask of a padded batch reaches norms and TCN, and ``prefill`` reads a prompt at once.
+Shapes and ways to run are those of :mod:`pareto_sequence.blocks`. The classes add to attention and EMA what whole
+models need of them: the mask of a padded batch reaches norms and TCN, and ``prefill`` reads a prompt at once.
 """
 
 from __future__ import annotations
