@@ -169,9 +169,7 @@ class MovingAverageGatedAttention(_Block):
         Raises :class:`ModelError` for a length of zero and shapes that do not fit.
         """
         self._check(x, mask)
-        normed = self.norm(x) if self.prenorm else x
-        if mask is not None:
-            normed = normed.masked_fill(~mask.bool()[..., None], 0.0)
+        normed = _hide(self.norm(x) if self.prenorm else x, mask)
         q, k, v, *gates = self._project(normed, self.mixer(normed))
         out = self._combine(x, self.attention(q, k, v, mask), *gates)
         return out if self.prenorm else self.norm(out)
@@ -245,7 +243,7 @@ class ChunkedMultiHeadAttention(_Block):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attend within the chunks of ``x`` (B, L, D). Raises :class:`ModelError` for shapes that do not fit."""
         self._check(x, mask)
-        return self.contract(self.attention(*self.expand(x).chunk(3, -1), mask))
+        return self.contract(self.attention(*self.expand(_hide(x, mask)).chunk(3, -1), mask))
 
     def step(self, x: torch.Tensor, state: ChunkState | None = None) -> tuple[torch.Tensor, ChunkState]:
         """Take one token ``x`` (B, D) and return (y (B, D), state); the state is None at the start."""
@@ -290,7 +288,7 @@ class ChunkedGatedSingleHeadAttention(_Block):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attend within the chunks of ``x`` (B, L, D). Raises :class:`ModelError` for shapes that do not fit."""
         self._check(x, mask)
-        z, v, r = F.silu(self.expand(x)).chunk(3, -1)
+        z, v, r = F.silu(self.expand(_hide(x, mask))).chunk(3, -1)
         return self.contract(self.attention(*self.shared(z), v, mask) * r)
 
     def step(self, x: torch.Tensor, state: ChunkState | None = None) -> tuple[torch.Tensor, ChunkState]:
@@ -299,6 +297,11 @@ class ChunkedGatedSingleHeadAttention(_Block):
         z, v, r = F.silu(self.expand(x)).chunk(3, -1)
         attended, state = self.attention.step(*self.shared(z), v, state)
         return self.contract(attended * r), state
+
+
+def _hide(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeros where ``mask`` (B, L) hides a token: a weight of 0 would not stop an infinity there."""
+    return x if mask is None else x.masked_fill(~mask.bool()[..., None], 0.0)
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:

@@ -59,6 +59,10 @@ def attend(
     if q.shape[-1] != k.shape[-1] or v.shape[-2] != m or (causal and n != m):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise ModelError(f"attend: {shapes}: must be (…, n, S), (…, m, S), (…, m, E){', n = m' if causal else ''}")
+    if bias is not None and (bias.dim() > q.dim() or bias.shape[-2:] != (n, m)):
+        raise ModelError(
+            f"attend: bias {tuple(bias.shape)}: must be (…, n, m) = (…, {n}, {m}) and fit q {tuple(q.shape)}"
+        )
     visible = torch.ones(n, m, dtype=torch.bool, device=q.device).tril() if causal else None
     if mask is not None:
         seen = mask.bool()[..., None, :]
@@ -103,10 +107,16 @@ def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
+def chunk_length(length: int, chunk_size: int | None) -> int:
+    """Return n, the tokens of a chunk of ``length`` tokens. Raises :class:`ModelError` where either is below 1."""
+    _at_least_one("chunks", length=length, chunk_size=length if chunk_size is None else chunk_size)
+    return length if chunk_size is None else min(chunk_size, length)
+
+
 def split_chunks(x: torch.Tensor, chunk_size: int | None) -> torch.Tensor:
     """Cut ``x`` (B, L, W) into (B, C, n, W), zeros after L; n is ``chunk_size``, L where that is shorter or None."""
     length = x.shape[1]
-    n = length if chunk_size is None else min(chunk_size, length)
+    n = chunk_length(length, chunk_size)
     return F.pad(x, (0, 0, 0, -length % n)).unflatten(1, (-1, n))
 
 
@@ -122,7 +132,7 @@ def chunk_mask(
 
     ``mask`` (B, L) is True, or not 0, at real tokens; None where the caller filled nothing up.
     """
-    n = length if chunk_size is None else min(chunk_size, length)
+    n = chunk_length(length, chunk_size)
     if mask is None:
         if length % n == 0:
             return None
@@ -161,7 +171,7 @@ class SimpleBias(RelativeBias):
         reach = max(-first, last)
         if reach >= self.chunk:
             raise ModelError(
-                f"SimpleBias: {reach + 1} tokens attend to each other, but the table was made for chunk = {self.chunk}; "
+                f"SimpleBias: {reach + 1} tokens attend to each other, but the table is for chunk = {self.chunk}; "
                 "use chunks of at most that, or the rotary bias, which has no table"
             )
         return self.table[:, self.chunk - 1 + first : self.chunk + last]
@@ -251,7 +261,7 @@ class ChunkAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend within the chunks of q, k (B, L, H·S) and v (B, L, E); ``mask`` (B, L) is True at real tokens."""
-        length, n = q.shape[1], min(self.chunk_size or q.shape[1], q.shape[1])
+        length, n = q.shape[1], chunk_length(q.shape[1], self.chunk_size)
         if self.causal and mask is None:
             real = None  # what fills up the last chunk comes after all that counts
         else:
