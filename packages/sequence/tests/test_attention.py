@@ -216,7 +216,7 @@ def test_cutting_and_joining(length):
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("kind", ["softmax", "laplace"])
 @pytest.mark.parametrize("bias", ["simple", "rotary"])
-@pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (3, 4), (8, 4), (14, 4), (6, 1), (7, None)])
+@pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (3, 4), (14, 4), (7, None)])
 def test_steps_equal_forward(name, kind, bias, length, chunk_size):
     block = make(name, chunk_size, attention=kind, bias=bias, max_length=16).double()
     x = torch.randn(2, length, D, dtype=torch.float64)

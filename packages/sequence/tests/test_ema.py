@@ -313,6 +313,20 @@ def test_loaded_weights_count_at_once_in_evaluation(algorithm):
         assert torch.equal(ema(x), other(x))
 
 
+def test_a_state_of_lower_precision_is_taken_on():
+    ema = make()
+    x = torch.randn(2, 9, 3)
+    _, state = ema.step(x[:, 0])
+    assert state.dtype == torch.float64
+    torch.testing.assert_close(ema.step(x[:, 1], state.float()), ema.step(x[:, 1], state), rtol=1e-6, atol=1e-6)
+
+
+def test_shapes_can_be_counted_without_memory():
+    ema = make().to("meta")
+    assert ema(torch.empty(2, 9, 3, device="meta")).shape == (2, 9, 3)
+    assert ema.step(torch.empty(2, 3, device="meta"))[1].shape == (2, 3, 4)
+
+
 def test_smooth_sizes():
     for least in [*range(1, 300), 8191, 8194, 131071]:
         size = smooth_size(least)
