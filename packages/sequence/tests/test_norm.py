@@ -7,6 +7,7 @@ import torch
 
 from pareto_sequence import conv_native
 from pareto_sequence.norm_native import COST, fits, norm_silu_add
+from pareto_sequence.tcn import TCN
 
 native = conv_native.native_or_none()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
@@ -82,10 +83,29 @@ def test_extreme_values_saturate_and_nan_stays_at_its_position():
     assert int(got.isnan().sum()) == 2
 
 
+@pytest.mark.parametrize("circular", [False, True])
+@pytest.mark.parametrize("shape", [(2, 37, 10), (1, 300, 33)])
+def test_a_tcn_by_native_kernels_is_the_one_by_torch(circular, shape):
+    torch.manual_seed(0)
+    tcn = TCN(shape[2], 5, 3, 3, circular=circular)
+    x, grad = torch.randn(2, *shape).unbind()
+    results = []
+    for implementation in ("auto", "library"):
+        for block in tcn.blocks:
+            block.implementation = implementation
+        ours = x.clone().requires_grad_()
+        y = tcn(ours)
+        results.append([y, *torch.autograd.grad(y, [ours, *tcn.parameters()], grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * float(b.detach().abs().max() + 1))
+
+
 def test_what_fits_and_what_is_refused():
     x = torch.zeros(1, 2, 3)
     assert fits(x)
     assert not fits(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fits(x)
     assert COST > 1
     with pytest.raises(ValueError, match="a value per channel"):
         norm_silu_add(x, x, torch.ones(3), torch.ones(3), 1e-5)

@@ -17,8 +17,9 @@ COST = 32
 
 
 def fits(x: torch.Tensor) -> bool:
-    """Whether :func:`norm_silu_add` can take ``x``: fp32 on the CPU, and the native module is here."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and native_or_none() is not None
+    """Whether :func:`norm_silu_add` can stand for torch's operations on ``x``: fp32 on the CPU, and run as written."""
+    traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not traced and native_or_none() is not None
 
 
 def norm_silu_add(
