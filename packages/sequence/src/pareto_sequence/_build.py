@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -44,9 +45,10 @@ Norm = Literal["layer", "scale", "rms", "batch"]
 class SequenceMethod(Method):
     """A model of N layers, each a temporal block and a position-wise network, made for the task and wholly trained.
 
-    ``chunk_size`` None attends over the whole sequence. ``match`` names another method (``method = "tcnca"``) and
-    those of its fields that are not as here: ``hidden_size`` is then chosen so that the two models have the same number
-    of parameters on the task, within ``match_tolerance``, and the field ``hidden_size`` is the other's. ``trained = False`` leaves the model as it was drawn, where only its cost is asked for.
+    ``match`` names another method (``method = "tcnca"``) and its fields that are not as here. The width is then
+    chosen so that both models have the same number of parameters on the task; where no width is within
+    ``match_tolerance``, ``ffn_size`` makes up the rest. ``hidden_size`` is the other's. ``trained = False`` leaves the model as it was drawn, where only its cost is asked
+    for.
     """
 
     paper = CHAPTER
@@ -97,13 +99,13 @@ class SequenceMethod(Method):
 
     def configuration(self, task: Task) -> SequenceConfig:
         """The model's configuration on ``task``; with ``match``, of the width that matches."""
-        config = self._configuration(task, self.hidden_size)
+        config = self._configuration(task)
         if self.match is None:
             return config
         target = count_parameters(reference_of(self).configuration(task))
-        return self._configuration(task, self._matching_width(task, target))
+        return self._matching(task, target)
 
-    def _configuration(self, task: Task, hidden_size: int) -> SequenceConfig:
+    def _configuration(self, task: Task, **sizes: int) -> SequenceConfig:
         from pareto_sequence.configuration import SequenceConfig
 
         spec, (inputs, causal) = task.spec, inputs_of(task)
@@ -112,7 +114,7 @@ class SequenceMethod(Method):
             fields["tie_word_embeddings"] = False  # a classifier's head has no rows of the vocabulary
         return SequenceConfig(
             mixer=self.mixer,
-            **{**fields, "hidden_size": hidden_size},
+            **{**fields, **sizes},
             vocab_size=max(1, spec.vocabulary_size),
             num_labels=max(1, len(spec.labels)),
             max_position_embeddings=max(1, spec.max_length),
@@ -124,36 +126,40 @@ class SequenceMethod(Method):
         """Names of the fields that are the model's own, the same in its configuration."""
         return [name for name in self.field_names() if name not in NOT_THE_MODELS]
 
-    def _matching_width(self, task: Task, target: int) -> int:
-        """The width whose model's parameters are nearest to ``target``: counts grow with the width."""
+    def _matching(self, task: Task, target: int) -> SequenceConfig:
+        """The configuration whose parameters are nearest to ``target``: by width, then, if need be, by ``ffn_size``."""
         step = self.width_step()
 
-        def count(steps: int) -> int:
-            return count_parameters(self._configuration(task, steps * step))
+        def of_width(steps: int) -> SequenceConfig:
+            return self._configuration(task, hidden_size=steps * step)
 
-        low, high = 0, 1
-        while count(high) < target:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if count(middle) < target else (low, middle)
-        best = min((width for width in (low, high) if width), key=lambda steps: abs(count(steps) - target))
-        off = count(best) / target - 1
-        if abs(off) > self.match_tolerance:
-            raise ModelError(
-                f"{type(self).__name__}: width {best * step} comes nearest to {target:,} parameters and is off by "
-                f"{off:+.1%}; match_tolerance = {self.match_tolerance} allows less: raise it, or change ffn_size"
+        width = nearest(lambda steps: count_parameters(of_width(steps)), target) * step
+        config = self._configuration(task, hidden_size=width)
+        if not self._matches(config, target):
+            found = nearest(
+                lambda size: count_parameters(self._configuration(task, hidden_size=width, ffn_size=size)), target
             )
-        return best * step
+            config = self._configuration(task, hidden_size=width, ffn_size=found)
+        if not self._matches(config, target):
+            off = count_parameters(config) / target - 1
+            raise ModelError(
+                f"{type(self).__name__}: width {width} with ffn_size {config.ffn_size} comes nearest to {target:,} "
+                f"parameters and is off by {off:+.1%}; match_tolerance = {self.match_tolerance} allows less"
+            )
+        return config
+
+    def _matches(self, config: SequenceConfig, target: int) -> bool:
+        return abs(count_parameters(config) / target - 1) <= self.match_tolerance
 
     def width_step(self) -> int:
         """What ``hidden_size`` must be a multiple of."""
         return 1
 
     def figures(self, deployed: Any) -> tuple[Measurement, ...]:
-        """The width in use, and how far back one layer's mixer sees, where it has an end."""
+        """The sizes in use, and how far back one layer's mixer sees, where it has an end."""
         config = deployed.config
-        found = [Measurement(name="hidden_size", value=config.hidden_size, unit="channels")]
+        sizes = ("hidden_size", "ffn_size")
+        found = [Measurement(name=name, value=getattr(config, name), unit="channels") for name in sizes]
         if self.mixer.startswith("tcn"):
             from pareto_sequence.tcn import receptive_field
 
@@ -190,7 +196,10 @@ class TCNMethod(SequenceMethod):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkedMethod(SequenceMethod):
-    """A method that attends within chunks; ``evaluation_chunk_size`` is their size once trained, where it is another."""
+    """A method that attends within chunks; None: over the whole sequence.
+
+    ``evaluation_chunk_size`` is the chunks' size once trained, where it is another.
+    """
 
     chunk_size: int | None = 2048
     evaluation_chunk_size: int | None = None
@@ -254,6 +263,17 @@ def inputs_of(task: Task) -> tuple[str, bool]:
             f"task {task.name} is not a task over sequences: it has no inputs (tokens, values or pairs) and causal"
         )
     return str(inputs), causal
+
+
+def nearest(count: Callable[[int], int], target: int) -> int:
+    """The number from 1 on whose ``count``, which grows, is nearest to ``target``."""
+    low, high = 0, 1
+    while count(high) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < target else (low, middle)
+    return min((number for number in (low, high) if number), key=lambda number: abs(count(number) - target))
 
 
 def count_parameters(config: SequenceConfig) -> int:
