@@ -47,8 +47,8 @@ class SequenceMethod(Method):
 
     ``match`` names another method (``method = "tcnca"``) and its fields that are not as here. The width is then
     chosen so that both models have the same number of parameters on the task; where no width is within
-    ``match_tolerance``, ``ffn_size`` makes up the rest. ``hidden_size`` is the other's. ``trained = False`` leaves the model as it was drawn, where only its cost is asked
-    for.
+    ``match_tolerance``, ``ffn_size`` makes up the rest. ``hidden_size`` is the other's. ``trained = False`` leaves the
+    model as it was drawn, where only its cost is asked for.
     """
 
     paper = CHAPTER

@@ -201,16 +201,8 @@ def draw(length: int, shape: Shape, device: str) -> torch.Tensor:
 
 
 def case_of(model: nn.Module, tokens: torch.Tensor) -> Case:
-    """Forward to the logits, backward to every parameter that they depend on."""
-    return Case(lambda: model(input_ids=tokens, use_cache=False).logits, used_parameters(model, tokens[:, :2]))
-
-
-def used_parameters(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """The parameters that the logits depend on."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    logits = model(input_ids=tokens, use_cache=False).logits
-    found = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
-    return [parameter for parameter, gradient in zip(parameters, found, strict=True) if gradient is not None]
+    """Forward to the logits, backward to every parameter."""
+    return Case(lambda: model(input_ids=tokens).logits, list(model.parameters()))
 
 
 def check(built: dict[str, nn.Module], shape: Shape, length: int, device: str) -> None:
