@@ -1,0 +1,254 @@
+"""Depthwise dilated convolution of sequences, on whichever implementation suits the device and the numbers.
+
+x is (B, D, L): batch, channels, positions; the weight is (D, K), one filter of K taps for each channel. Filters are not
+flipped, as in torch's conv1d. With c the tap that reads the position itself,
+
+    y[b, d, t] = bias[d] + sum over k of weight[d, k] * x[b, d, t + (k - c) * dilation],
+
+- ``padding="causal"``: c = K - 1, so that nothing after t is read; before the first position x is 0;
+- ``padding="circular"``: c = (K - 1) // 2; positions count modulo L.
+
+A filter that spans more than the sequence is defined by the same formula: taps that read zeros alone add nothing, and
+circular positions wrap as often as they must.
+
+Implementations, each beside the first:
+
+- ``reference``: the formula, one shifted product for each tap, in any dtype on any device;
+- ``library``: ``torch.nn.functional.conv1d`` on a padded copy;
+- ``native``: this package's kernels for CPUs, see ``conv_native``;
+- ``triton``: this package's kernels for GPUs, see ``conv_triton``;
+- ``auto``: one of these, see :func:`choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+from pareto_core.errors import ModelError, UnsupportedError, shown
+
+Padding = Literal["causal", "circular"]
+Implementation = Literal["auto", "reference", "library", "native", "triton"]
+
+# Distances between a filter's first and last tap; the kernels count them in 32 bits.
+LARGEST_SPAN = 2**31 - 1
+
+
+def depthwise_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    dilation: int = 1,
+    padding: Padding = "causal",
+    implementation: Implementation = "auto",
+) -> torch.Tensor:
+    """Convolve each channel of ``x`` (B, D, L) with its filter in ``weight`` (D, K); returns (B, D, L).
+
+    Differentiable in ``x``, ``weight`` and ``bias`` (D); twice so with ``reference`` and ``library`` alone. Under
+    autocast, arguments are cast as torch's own convolution casts them.
+
+    Raises :class:`ModelError` for shapes, dtypes, devices or a dilation that do not fit, and
+    :class:`UnsupportedError` where the implementation asked for cannot run here.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check(x, weight, bias, dilation, padding, implementation)
+    if x.numel() == 0:
+        return x + weight.sum() + (0 if bias is None else bias.sum())  # empty, and part of the graph
+    if implementation == "auto":
+        implementation = choose(x, weight)
+    if implementation == "native":
+        from pareto_sequence.conv_native import native_conv
+
+        return native_conv(x, weight, bias, dilation, padding)
+    if implementation == "triton":
+        return _triton_conv()(x, weight, bias, dilation, padding)
+    run = reference_conv if implementation == "reference" else library_conv
+    return run(x, weight, bias, dilation, padding)
+
+
+def _triton_conv() -> Callable[..., torch.Tensor]:
+    try:
+        from pareto_sequence.conv_triton import triton_conv
+    except ImportError as error:
+        raise UnsupportedError(f"implementation 'triton' needs Triton, which cannot be loaded: {error}") from error
+    return triton_conv
+
+
+def choose(x: torch.Tensor, weight: torch.Tensor) -> Implementation:
+    """Say what ``auto`` means for these arguments: ``native`` for fp32 on the CPU, else ``library``.
+
+    The native kernels do the same work as the library's without a padded copy, and lead over all lengths and filters
+    tried. They compute in fp32, so that other dtypes keep the library. Code that torch compiles keeps it too, as does
+    an installation without the native module.
+    """
+    from pareto_sequence.conv_native import native_or_none
+
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and weight.dtype == torch.float32
+    if plain and not torch.compiler.is_compiling() and native_or_none() is not None:
+        return "native"
+    return "library"
+
+
+def reference_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, padding: Padding
+) -> torch.Tensor:
+    """Sum the shifted products, tap by tap. Arguments as in :func:`depthwise_conv`, not checked."""
+    length, taps = x.shape[-1], weight.shape[1]
+    y = torch.zeros_like(x) if bias is None else bias[:, None].expand_as(x)
+    for k in range(taps):
+        if padding == "circular":
+            shifted = torch.roll(x, -((k - (taps - 1) // 2) * dilation) % length, dims=-1)
+        else:
+            delay = (taps - 1 - k) * dilation
+            if delay >= length:
+                continue
+            shifted = F.pad(x[..., : length - delay], (delay, 0))
+        y = y + weight[:, k, None] * shifted
+    return y
+
+
+def library_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, padding: Padding
+) -> torch.Tensor:
+    """Pad, then convolve by torch. Arguments as in :func:`depthwise_conv`, not checked."""
+    if padding == "circular":
+        padded, dilation = _wrapped(x, weight.shape[1], dilation)
+    else:
+        weight = weight[:, -reaching_taps(x.shape[-1], weight.shape[1], dilation) :]
+        padded = F.pad(x, ((weight.shape[1] - 1) * dilation, 0))
+    return F.conv1d(padded, weight[:, None, :], bias, dilation=dilation, groups=x.shape[1])
+
+
+def reaching_taps(length: int, taps: int, dilation: int) -> int:
+    """How many taps, the last ones, of a causal filter read anything but padding."""
+    return min(taps, (length - 1) // dilation + 1)
+
+
+def _wrapped(x: torch.Tensor, taps: int, dilation: int) -> tuple[torch.Tensor, int]:
+    """``x`` with its ends continued circularly for that filter, and a dilation that means the same modulo L."""
+    length = x.shape[-1]
+    if dilation > length:
+        dilation = dilation % length or length
+    before = (taps - 1) // 2 * dilation
+    after = (taps - 1) * dilation - before
+    if max(before, after) <= length:
+        return F.pad(x, (before, after), mode="circular"), dilation
+    return x[..., torch.arange(-before, length + after, device=x.device) % length], dilation
+
+
+@dataclass(kw_only=True)
+class ConvState:
+    """The inputs that a causal convolution still needs, in a ring.
+
+    ``ring`` is (span + 1, B, D) with span = (K - 1) * dilation; the next input goes to row ``position``.
+    """
+
+    ring: torch.Tensor
+    position: int = 0
+
+    @classmethod
+    def empty(cls, x: torch.Tensor, kernel_size: int, dilation: int) -> ConvState:
+        """Begin before any input, for steps of the shape, dtype and device of ``x`` (B, D)."""
+        return cls(ring=x.new_zeros((kernel_size - 1) * dilation + 1, *x.shape))
+
+    @classmethod
+    @torch.no_grad()
+    def after(cls, x: torch.Tensor, kernel_size: int, dilation: int) -> ConvState:
+        """Go on after the inputs ``x`` (B, D, L), which were convolved at once."""
+        state = cls.empty(x[..., 0], kernel_size, dilation)
+        last = x[..., -state.ring.shape[0] :].permute(2, 0, 1)
+        state.ring[: len(last)] = last
+        state.position = len(last) % state.ring.shape[0]
+        return state
+
+    def select(self, index: torch.Tensor) -> ConvState:
+        """Keep the sequences that ``index`` (B',) names, as a beam search does; the ring is copied."""
+        return ConvState(ring=self.ring.index_select(1, index), position=self.position)
+
+
+@torch.no_grad()
+def conv_step(
+    x: torch.Tensor,
+    state: ConvState | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dilation: int = 1,
+) -> tuple[torch.Tensor, ConvState]:
+    """Take one position ``x`` (B, D) further through a causal convolution, in O(K) for each channel.
+
+    Returns y (B, D) and the state for the next position, which is ``state`` itself, changed in place; None begins a
+    sequence. No gradient is recorded. Sums are taken in fp32 at least.
+
+    Raises :class:`ModelError` where shapes do not fit, or the state belongs to another convolution or batch.
+    """
+    if x.ndim != 2 or 0 in x.shape:
+        raise ModelError(f"x has shape {tuple(x.shape)}; one step must be (batch, width), neither of them 0")
+    _check(x[..., None], weight, bias, dilation, "causal", "auto")
+    taps = weight.shape[1]
+    if state is None:
+        state = ConvState.empty(x, taps, dilation)
+    rows = (taps - 1) * dilation + 1
+    if state.ring.shape != (rows, *x.shape):
+        raise ModelError(
+            f"state.ring has shape {tuple(state.ring.shape)}; kernel size {taps}, dilation {dilation} and x of shape "
+            f"{tuple(x.shape)} need {(rows, *x.shape)}"
+        )
+    state.ring[state.position] = x
+    state.position = (state.position + 1) % rows
+    # The row that comes next holds the oldest input, which the first tap reads.
+    read = (state.position + dilation * torch.arange(taps, device=x.device)) % rows
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = torch.einsum("kbd,dk->bd", state.ring[read].to(dtype), weight.to(dtype))
+    return (y if bias is None else y + bias).to(x.dtype), state
+
+
+def _autocast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, padding: str, implementation: str
+) -> None:
+    _check_shapes(x, weight, bias)
+    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+        raise ModelError(f"dilation = {shown(dilation)}: a whole number of at least 1")
+    span = (weight.shape[1] - 1) * dilation
+    if max(span, dilation) > LARGEST_SPAN:
+        raise ModelError(
+            f"kernel size {weight.shape[1]} with dilation {shown(dilation)} spans {shown(span)} positions: at most "
+            "2^31 - 1"
+        )
+    for name, value, known in (
+        ("padding", padding, get_args(Padding)),
+        ("implementation", implementation, get_args(Implementation)),
+    ):
+        if value not in known:
+            raise ModelError(f"{name} = {shown(value)}: one of {', '.join(known)}")
+
+
+def _check_shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if x.ndim != 3 or x.shape[2] == 0:
+        raise ModelError(f"x has shape {tuple(x.shape)}; (batch, width, length) with a length of at least 1")
+    if weight.ndim != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] == 0:
+        raise ModelError(
+            f"weight has shape {tuple(weight.shape)}; (width {x.shape[1]}, kernel size of at least 1) for this x"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ModelError(f"bias has shape {tuple(bias.shape)}; (width {x.shape[1]},) or none")
+    if not x.dtype.is_floating_point:
+        raise ModelError(f"x has dtype {x.dtype}; a real floating-point dtype")
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and (other.dtype != x.dtype or other.device != x.device):
+            raise ModelError(f"{name} is {other.dtype} on {other.device}; {x.dtype} on {x.device} as x is")
