@@ -13,7 +13,8 @@ from pareto_core import ConfigError, Method, ModelError
 from pareto_core.task import Metric, Task, TaskSpec
 from pareto_core.testing import check_config, check_method
 from pareto_core.tiny import TinyTask
-from pareto_sequence._build import CLASSES, SequenceMethod, TCNMethod, count_parameters, nearest
+from pareto_sequence._build import CLASSES, SequenceMethod, TCNMethod, nearest
+from pareto_sequence.matching import parameter_count
 from pareto_sequence.mega import MEGA
 from pareto_sequence.tasks.associative_recall import AssociativeRecall
 from pareto_sequence.tasks.listops import ListOps
@@ -94,7 +95,7 @@ def test_everything_is_trained_and_drawn_from_the_seed(cls):
 
 def test_mega_and_tcnca_have_39_million_parameters_at_the_size_of_enwik8():
     for method in (MEGA(), TCNCA()):
-        assert count_parameters(method.configuration(Shape())) == pytest.approx(39e6, rel=0.01)
+        assert parameter_count(method.configuration(Shape())) == pytest.approx(39e6, rel=0.01)
 
 
 @pytest.mark.parametrize("task", [Shape(length=64), Shape(causal=False, labels=3, length=64)])
@@ -105,9 +106,9 @@ def test_parameters_are_matched_by_the_width(cls, task):
     match |= {"chunk_size": 8, "kernel_size": 3, "dilation_factor": 2, "tcn_depth": 2}
     method = small(cls, ffn_size=128, match=match)
     config = method.configuration(task)
-    target = count_parameters(reference.configuration(task))
+    target = parameter_count(reference.configuration(task))
     built = sum(parameter.numel() for parameter in method.build(task).parameters())
-    assert built == count_parameters(config) == pytest.approx(target, rel=0.01)
+    assert built == parameter_count(config) == pytest.approx(target, rel=0.01)
     assert config.hidden_size % method.width_step() == 0
 
 
@@ -117,7 +118,7 @@ def test_what_match_does_not_say_is_as_in_the_method_itself():
     reference = TCNCA(
         **{name: getattr(method, name) for name in method.model_fields() if name in TCNCA.field_names()}, value_size=96
     )
-    found = count_parameters(method.configuration(task)) / count_parameters(reference.configuration(task))
+    found = parameter_count(method.configuration(task)) / parameter_count(reference.configuration(task))
     assert found == pytest.approx(1, abs=0.01)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -102,7 +103,7 @@ class SequenceMethod(Method):
         config = self._configuration(task)
         if self.match is None:
             return config
-        target = count_parameters(reference_of(self).configuration(task))
+        target = _count(reference_of(self).configuration(task))
         return self._matching(task, target)
 
     def _configuration(self, task: Task, **sizes: int) -> SequenceConfig:
@@ -128,28 +129,24 @@ class SequenceMethod(Method):
 
     def _matching(self, task: Task, target: int) -> SequenceConfig:
         """The configuration whose parameters are nearest to ``target``: by width, then, if need be, by ``ffn_size``."""
-        step = self.width_step()
+        for step in (math.lcm(8, self.width_step()), self.width_step()):  # widths of 8 are computed fastest
+            width = step * nearest(lambda steps, step=step: self._parameters(task, hidden_size=steps * step), target)
+            if self._matches(found := self._configuration(task, hidden_size=width), target):
+                return found
+        size = nearest(lambda size: self._parameters(task, hidden_size=width, ffn_size=size), target)
+        if self._matches(found := self._configuration(task, hidden_size=width, ffn_size=size), target):
+            return found
+        off = _count(found) / target - 1
+        raise ModelError(
+            f"{type(self).__name__}: width {width} with ffn_size {size} comes nearest to {target:,} parameters and is "
+            f"off by {off:+.1%}; match_tolerance = {self.match_tolerance} allows less"
+        )
 
-        def of_width(steps: int) -> SequenceConfig:
-            return self._configuration(task, hidden_size=steps * step)
-
-        width = nearest(lambda steps: count_parameters(of_width(steps)), target) * step
-        config = self._configuration(task, hidden_size=width)
-        if not self._matches(config, target):
-            found = nearest(
-                lambda size: count_parameters(self._configuration(task, hidden_size=width, ffn_size=size)), target
-            )
-            config = self._configuration(task, hidden_size=width, ffn_size=found)
-        if not self._matches(config, target):
-            off = count_parameters(config) / target - 1
-            raise ModelError(
-                f"{type(self).__name__}: width {width} with ffn_size {config.ffn_size} comes nearest to {target:,} "
-                f"parameters and is off by {off:+.1%}; match_tolerance = {self.match_tolerance} allows less"
-            )
-        return config
+    def _parameters(self, task: Task, **sizes: int) -> int:
+        return _count(self._configuration(task, **sizes))
 
     def _matches(self, config: SequenceConfig, target: int) -> bool:
-        return abs(count_parameters(config) / target - 1) <= self.match_tolerance
+        return abs(_count(config) / target - 1) <= self.match_tolerance
 
     def width_step(self) -> int:
         """What ``hidden_size`` must be a multiple of."""
@@ -276,14 +273,7 @@ def nearest(count: Callable[[int], int], target: int) -> int:
     return min((number for number in (low, high) if number), key=lambda number: abs(count(number) - target))
 
 
-def count_parameters(config: SequenceConfig) -> int:
-    """Number of parameters of the model that ``config`` describes, counted without allocating it."""
-    import torch
+def _count(config: SequenceConfig) -> int:
+    from pareto_sequence.matching import parameter_count  # imports torch, which a benchmark file need not
 
-    from pareto_sequence import modeling
-
-    causal = config.causal
-    cls: Any = modeling.SequenceForCausalLM if causal else modeling.SequenceForSequenceClassification
-    with torch.device("meta"):
-        model = cls(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameter_count(config)

@@ -7,8 +7,8 @@ Chunked Attention for Efficient Training on Long Sequences", 2023, https://arxiv
 Written from the formulas; Eq. (7.2) is in ``ema.py``, the block in ``attention.py``. Symbols: d ``hidden_size``, E
 ``value_size``, S ``shared_size``, N ``state_size``, C ``chunk_size``. Defaults are those of EnWik8 (39 M parameters).
 
-Deviation: ``ema_algorithm`` may be ``truncated``, which convolves with the part of the kernel that is not negligible;
-``fft`` with the kernel computed in each pass is the published one and the default.
+Deviation: ``ema_algorithm`` may be one of the faster forms in ``ema.py``; ``fft``, with the whole kernel computed in
+each pass, is the published one and the default.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MEGA(ChunkedMethod):
     state_size: int = 16
     attention: Literal["softmax", "laplace"] = "softmax"
     bias: Literal["simple", "rotary"] = "rotary"
-    ema_algorithm: Literal["fft", "truncated", "auto"] = "fft"
+    ema_algorithm: Literal["fft", "factored", "truncated", "auto"] = "fft"
 
     def validate(self) -> None:
         """Check ranges."""

@@ -2,8 +2,8 @@
 
 Both have the same layers but for the mixer. The TCN has three residual blocks; its kernel is as large as gives it the
 moving average's parameters, and its dilation factor the smallest with which the whole network covers the sequence
-(section 7.4.5). MEGA's kernel is computed in each pass, over the whole length, as published; beside it stands MEGA with
-its kernel truncated where the rest is negligible.
+(section 7.4.5). MEGA's kernel is computed in each pass, over the whole length, as published; beside it stand MEGA
+with its kernel made from two short tables of powers, and with its kernel truncated where the rest is negligible.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from pareto_sequence.tcn import TCN, receptive_field
 Progress = Callable[[str], Callable[[float], None]]
 
 BASE = "MEGA-chunk (FFT, as published)"
+FACTORED = "MEGA-chunk (FFT, kernel from factors)"
 TRUNCATED = "MEGA-chunk (truncated kernel)"
 TCNCA = "TCNCA (own kernel)"
 LIBRARY = "TCNCA (library's convolution)"
@@ -132,7 +133,7 @@ def measure_one(length: int, shape: Shape, settings: Settings, progress: Progres
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        names = (BASE, TRUNCATED, TCNCA, LIBRARY, WITHOUT)
+        names = (BASE, FACTORED, TRUNCATED, TCNCA, LIBRARY, WITHOUT)
         return [Row("models", name, way, place, problem=OUT_OF_MEMORY) for name in names for way in DIRECTIONS]
     tokens = draw(length, shape, settings.device)
     cases = {name: case_of(model, tokens) for name, model in built.items()}
@@ -149,6 +150,7 @@ def models(length: int, shape: Shape, device: str) -> dict[str, nn.Module]:
     tcnca = build(shape, "tcnca", device, conv_implementation=own(device), **tcn)
     return {
         BASE: mega,
+        FACTORED: like(mega, build(shape, "mega", device, ema_algorithm="factored")),
         TRUNCATED: like(mega, build(shape, "mega", device, ema_algorithm="truncated")),
         TCNCA: tcnca,
         LIBRARY: like(tcnca, build(shape, "tcnca", device, conv_implementation="library", **tcn)),
@@ -208,7 +210,7 @@ def case_of(model: nn.Module, tokens: torch.Tensor) -> Case:
 def check(built: dict[str, nn.Module], shape: Shape, length: int, device: str) -> None:
     """Compare the algorithms of MEGA with each other, and the convolutions of TCNCA; raises ModelError."""
     tokens = draw(length, shape, device)
-    for name, reference in ((TRUNCATED, BASE), (TCNCA, LIBRARY)):
+    for name, reference in ((FACTORED, BASE), (TRUNCATED, BASE), (TCNCA, LIBRARY)):
         found, expected = (answers(case_of(built[which], tokens)) for which in (name, reference))
         what = f"{name}, {shape.mode}, length {length}, width {shape.width}"
         require_close(f"{what}: its logits", found[0], expected[0], OUTPUT_TOLERANCE)
