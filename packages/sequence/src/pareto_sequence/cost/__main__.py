@@ -14,7 +14,7 @@ import torch
 from pareto_core import ParetoError, UnsupportedError
 from pareto_sequence import cost
 from pareto_sequence.cost import plots, tables
-from pareto_sequence.cost.turns import Row, Settings, limit_memory
+from pareto_sequence.cost.turns import OUT_OF_MEMORY, Row, Settings, is_out_of_memory, limit_memory
 
 TABLES = tuple(tables.TITLES)
 #: (decoding, EMA state) of Figs. 7.5, 7.6 and 7.7
@@ -126,6 +126,10 @@ def measure(asked: argparse.Namespace) -> tuple[tuple[Row, ...], tuple[str, ...]
             rows += measures[name](asked, settings)
         except UnsupportedError as error:
             left_out.append(f"{name}: {error}")
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            left_out.append(f"{name}: {OUT_OF_MEMORY} at sizes that leave nothing to compare; ask for smaller ones")
     return tuple(rows), tuple(left_out)
 
 
