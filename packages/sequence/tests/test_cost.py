@@ -264,7 +264,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     assert {row["table"] for row in stored["rows"]} == set(tables.TITLES)
     assert {row["place"]["length"] for row in stored["rows"]} == {16, 24}
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    grids = {"tcnca_decoding_state_16.png", "mega-chunk_decoding_state_16.png"}
+    grids = {"tcnca_decoding_state_16.png", "mega-truncated_decoding_state_16.png"}
     assert pictures == {"convolution.png", "ema.png", "tokens.png", *grids}
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
@@ -305,6 +305,14 @@ def test_tables_show_every_part():
     assert "| out of memory |" in text
     assert "A machine (threads 2)" in text
     assert "- tokens: no reason" in text
+
+
+def test_cells_without_memory_are_drawn_as_such():
+    row = Row("models", models.TCNCA, "forward", {}, problem="out of memory")
+    assert plots._text(row, float("nan")) == "OOM"
+    assert plots._text(None, float("nan")) == ""
+    assert plots._text(None, 1.234) == "1.23"
+    assert set(plots.GRIDS) == {models.TCNCA, models.TRUNCATED}
 
 
 def test_pictures_need_matplotlib(monkeypatch, tmp_path):

@@ -46,6 +46,16 @@ class Shape(Task):
         return TaskSpec(tuple(map(str, range(self.labels))), self.vocabulary, self.length)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Values(Shape):
+    inputs: ClassVar[str] = "values"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs(Shape):
+    inputs: ClassVar[str] = "pairs"
+
+
 def small(cls: type[SequenceMethod], **fields) -> SequenceMethod:
     sizes = {"num_layers": 2, "hidden_size": 16, "ffn_size": 24, "dropout": 0.0}
     own = {"value_size": 24, "shared_size": 8, "chunk_size": 8, "state_size": 4}
@@ -91,6 +101,16 @@ def test_everything_is_trained_and_drawn_from_the_seed(cls):
     assert all(parameter.requires_grad for parameter in first.parameters())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in small(cls, trained=False).build(task).parameters())
+
+
+@pytest.mark.parametrize("cls", METHODS)
+def test_numbers_and_pairs_of_texts_are_classified(cls):
+    fields = {"causal": False, "labels": 3, "vocabulary": 9, "length": 12}
+    values = small(cls).build(Values(**{**fields, "vocabulary": 0}))
+    assert values(input_values=torch.rand(2, 12)).logits.shape == (2, 3)
+    pairs = small(cls).build(Pairs(**fields))
+    first, second = torch.randint(9, (2, 2, 12))
+    assert pairs(input_ids=first, input_ids_2=second).logits.shape == (2, 3)
 
 
 def test_mega_and_tcnca_have_39_million_parameters_at_the_size_of_enwik8():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from pareto_sequence.cost.turns import DIRECTIONS, Row
 
 #: what a line of a plot stands for, by table, besides its case
 LINES = {"convolution": ("dilation",), "ema": ("state",), "tokens": ()}
+#: cases of the models table that have a grid, by the word in its file's name
+GRIDS = {"TCNCA (own kernel)": "tcnca", "MEGA-chunk (truncated kernel)": "mega-truncated"}
 LABELS = {"convolution": "speed-up over torch", "ema": "speed-up over FFT", "tokens": "time per token, relative"}
 
 
@@ -40,7 +43,7 @@ def _line_figure(figure: Any, name: str, rows: Sequence[Row]) -> None:
     for axes, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
         lines: dict[str, list[Row]] = {}
         for row in rows:
-            if row.direction == direction and row.ratio is not None:
+            if row.direction == direction and row.ratio is not None and row.case != row.base:
                 label = ", ".join([row.case, *(f"{key} {row.place[key]}" for key in LINES[name])])
                 lines.setdefault(label, []).append(row)
         for label, line in lines.items():
@@ -50,20 +53,22 @@ def _line_figure(figure: Any, name: str, rows: Sequence[Row]) -> None:
                 [row.ratio.high - row.ratio.value for row in line if row.ratio],
             ]
             axes.errorbar([int(row.place["length"]) for row in line], values, errors, marker="o", ms=3, label=label)
-        axes.axhline(1, color="grey", lw=0.8)
-        axes.set(xscale="log", xlabel="length", ylabel=LABELS[name], title=direction.capitalize())
+        axes.axhline(1, color="grey", lw=0.8)  # the base
+        axes.set(xlabel="length", ylabel=LABELS[name], title=direction.capitalize())
+        lengths = sorted({int(row.place["length"]) for row in rows})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         if lines:
             axes.legend(fontsize=7)
 
 
 def _grids(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each mode, EMA state and case but the base's own."""
+    """The rows of each mode and EMA state, of the cases in :data:`GRIDS`."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row.case.startswith(("TCNCA (own", "MEGA-chunk (trunc")):
-            name = f"{row.case.split(' (')[0]} {row.place['mode']} state {row.place['state']}"
-            groups.setdefault(name.lower(), []).append(row)
+        if row.case in GRIDS:
+            name = f"{GRIDS[row.case]} {row.place['mode']} state {row.place['state']}"
+            groups.setdefault(name, []).append(row)
     return groups
 
 
@@ -77,10 +82,16 @@ def _grid_figure(figure: Any, name: str, rows: Sequence[Row]) -> None:
         axes.imshow(values, aspect="auto", cmap="RdYlGn", vmin=0.5, vmax=2.0, origin="lower")
         for i, line in enumerate(values):
             for j, value in enumerate(line):
-                axes.text(j, i, "OOM" if value != value else f"{value:.2f}", ha="center", va="center")
+                axes.text(j, i, _text(cells.get((widths[i], lengths[j])), value), ha="center", va="center")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(widths)), [str(width) for width in widths])
         axes.set(xlabel="length", ylabel="embedding dimension", title=direction.capitalize())
+
+
+def _text(row: Row | None, value: float) -> str:
+    if row is not None and row.problem:
+        return "OOM"
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def _ratio(row: Row | None) -> float:
