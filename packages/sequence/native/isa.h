@@ -1,9 +1,6 @@
 // Which of the kernels' instruction sets this processor has and this operating system lets us use.
 #pragma once
 
-#include <string>
-#include <vector>
-
 namespace pareto {
 
 enum class Isa { baseline, avx2, avx512f };

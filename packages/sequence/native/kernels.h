@@ -1,4 +1,5 @@
-// The inner loops, one table of them for each instruction set.
+// The inner loops, one table of them for each instruction set. Included where the code is compiled for one: nothing of
+// the standard library here.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +28,5 @@ struct Kernels {
   // The sum of `count` values: in fp32 over a few thousand at a time, those sums in double.
   double (*sum)(const float* values, int64_t count);
 };
-
-// The kernels of that name, or of the best instruction set available where `name` is empty; null where there is none of
-// that name, or the processor lacks it.
-const Kernels* find_kernels(const char* name);
-
-// Every instruction set that is available, the least first.
-std::vector<std::string> available_names();
 
 }  // namespace pareto

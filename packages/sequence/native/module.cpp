@@ -6,11 +6,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
 
 #include "conv.h"
+#include "dispatch.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

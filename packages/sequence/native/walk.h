@@ -5,6 +5,7 @@
 // copied once for each row, with the zeros before or after it, or with its other end.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

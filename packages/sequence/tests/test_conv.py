@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pareto_core.errors import ModelError, UnsupportedError
 from pareto_sequence import conv_native
-from pareto_sequence.conv import ConvState, choose, conv_step, depthwise_conv, reference_conv
+from pareto_sequence.conv import choose, depthwise_conv, reference_conv
 
 needs_native = pytest.mark.skipif(conv_native.native_or_none() is None, reason="the native module is not built")
 IMPLEMENTATIONS = ["reference", "library", pytest.param("native", marks=needs_native)]
@@ -304,39 +304,3 @@ def test_native_says_what_it_does_not_take():
         depthwise_conv(torch.zeros(1, 2, 6).double(), torch.zeros(2, 3).double(), implementation="native")
     with pytest.raises(UnsupportedError, match="runs on the CPU; x is on meta"):
         depthwise_conv(torch.zeros(1, 2, 6).to("meta"), torch.zeros(2, 3).to("meta"), implementation="native")
-
-
-@pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (2, 1), (3, 5), (11, 4), (5, 40)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_are_the_causal_convolution(taps, dilation, dtype):
-    x, weight, bias = example(2, 3, 61, taps, dtype=dtype)
-    wanted = depthwise_conv(x, weight, bias, dilation=dilation, implementation="reference")
-    for begin in (0, 1, 20, 60):
-        state = ConvState.after(x[..., :begin], taps, dilation) if begin else None
-        for t in range(begin, 61):
-            y, state = conv_step(x[..., t], state, weight, bias, dilation)
-            torch.testing.assert_close(y, wanted[..., t], rtol=1e-6, atol=1e-5)
-
-
-def test_steps_of_chosen_sequences():
-    x, weight, _ = example(3, 2, 9, 4)
-    state = ConvState.after(x[..., :8], 4, 2)
-    before = state.ring.clone()
-    chosen = torch.tensor([2, 0, 2, 1])
-    y, kept = conv_step(x[chosen, :, 8], state.select(chosen), weight, dilation=2)
-    wanted = depthwise_conv(x, weight, dilation=2)[chosen, :, 8]
-    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-5)
-    assert kept.ring.shape == (7, 4, 2)
-    assert torch.equal(state.ring, before)
-    assert state.position == 0
-
-
-def test_bad_steps():
-    x, weight, _ = example(3, 2, 9, 4)
-    state = ConvState.empty(x[..., 0], 4, 2)
-    with pytest.raises(ModelError, match=r"state.ring has shape \(7, 3, 2\); kernel size 4, dilation 3"):
-        conv_step(x[..., 0], state, weight, dilation=3)
-    with pytest.raises(ModelError, match=r"state\.ring has shape"):
-        conv_step(x[:1, :, 0], state, weight, dilation=2)
-    with pytest.raises(ModelError, match=r"x has shape \(3, 2, 9\); one step"):
-        conv_step(x, state, weight, dilation=2)

@@ -82,9 +82,9 @@ def _triton_conv() -> Callable[..., torch.Tensor]:
 def choose(x: torch.Tensor, weight: torch.Tensor) -> Implementation:
     """Say what ``auto`` means for these arguments: ``native`` for fp32 on the CPU, else ``library``.
 
-    The native kernels do the same work as the library's without a padded copy, and lead over all lengths and filters
-    tried. They compute in fp32, so that other dtypes keep the library. Code that torch compiles keeps it too, as does
-    an installation without the native module.
+    The native kernels make no padded copy, and their gradients cost what the forward pass does. They compute in fp32,
+    so that other dtypes keep the library; so do code that torch compiles and an installation without the native module.
+    On a GPU ``triton`` is to be asked for by name.
     """
     from pareto_sequence.conv_native import native_or_none
 
@@ -203,7 +203,7 @@ def conv_step(
     # The row that comes next holds the oldest input, which the first tap reads.
     read = (state.position + dilation * torch.arange(taps, device=x.device)) % rows
     dtype = torch.promote_types(x.dtype, torch.float32)
-    y = torch.einsum("kbd,dk->bd", state.ring[read].to(dtype), weight.to(dtype))
+    y = (state.ring[read].to(dtype) * weight.t()[:, None, :].to(dtype)).sum(0)
     return (y if bias is None else y + bias).to(x.dtype), state
 
 

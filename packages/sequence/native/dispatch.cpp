@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "dispatch.h"
 
 #include <cstring>
 
