@@ -89,17 +89,17 @@ class AssociativeRecall(SequenceTask):
 
     @functools.cached_property
     def _examples(self) -> dict[Split, Examples]:
-        found: dict[Split, Examples] = {}
-        seen: set[bytes] = set()
-        # Training comes last: how many items it has changes nothing of the other two.
-        order: tuple[Split, ...] = ("test", "dev", "train")
-        for number, split in enumerate(order):
-            found[split] = self._distinct(np.random.default_rng([self.seed, number]), split, seen)
-        return found
+        return {}
+
+    @functools.cached_property
+    def _seen(self) -> set[bytes]:
+        return set()
 
     def _distinct(self, random: np.random.Generator, split: Split, seen: set[bytes]) -> Examples:
         """Draw as many examples as ``split`` has that are not in ``seen``, and put them there."""
-        wanted, rows, labels, fruitless = self.size(split), [], [], 0
+        wanted, fruitless = self.size(split), 0
+        rows: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
         while len(rows) < wanted and fruitless < ROUNDS:
             before = len(rows)
             for row, label in zip(*self._draw(random, BLOCK), strict=True):
@@ -123,6 +123,12 @@ class AssociativeRecall(SequenceTask):
 
     def examples(self, split: Split) -> Examples:
         """Tokens and labels (items, length) of ``split``; a label lies under the token that it is predicted for."""
+        # Training comes last: how many items it has changes nothing of the other two.
+        order: tuple[Split, ...] = ("test", "dev", "train")
+        for number, name in enumerate(order[: order.index(split) + 1]):
+            if name not in self._examples:
+                random = np.random.default_rng([self.seed, number])
+                self._examples[name] = self._distinct(random, name, self._seen)
         return self._examples[split]
 
     def collate(self, split: Split, indices: Sequence[int]) -> Batch:
@@ -143,7 +149,7 @@ class AssociativeRecall(SequenceTask):
             require_batch(self.name, total, batch_size)
             order = np.random.default_rng(seed).permutation(total)[: total - total % batch_size]
         for start in range(0, len(order), batch_size):
-            yield self.collate(split, order[start : start + batch_size])
+            yield self.collate(split, order[start : start + batch_size].tolist())
 
     def records(self, model: Any, split: Split) -> list[Record]:
         """One record per example: its answers as texts, ``score`` the share that is right.
@@ -172,8 +178,9 @@ class AssociativeRecall(SequenceTask):
         if not math.isfinite(total):
             raise ModelError(f"task {self.name}: the log-probability of item {name} is {total}")
         predicted = nats.argmax(-1)
-        texts = (" ".join(map(str, tokens.tolist())) for tokens in (predicted, answers))
-        return Record(name, *texts, log_probability=total, score=float((predicted == answers).mean()))
+        prediction, label = (" ".join(map(str, tokens.tolist())) for tokens in (predicted, answers))
+        share = float((predicted == answers).mean())
+        return Record(name, prediction, label, log_probability=total, score=share)
 
     def score(self, records: Sequence[Record]) -> dict[str, float]:
         """Share of answers that are right, in percent."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Inputs = Literal["tokens", "values", "pairs"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 #: positions that a model is given at once when records are made
-POSITIONS = 2**16
+POSITIONS = 2**14
 #: items of the request ``forward_batch``
 BATCH = 8
 

@@ -93,7 +93,8 @@ class Enwik8(LanguageModelling):
 
     @functools.cached_property
     def _hash(self) -> str:
-        return hashlib.sha256(self._bytes[: self.train_bytes + self.dev_bytes + self.test_bytes]).hexdigest()
+        used = self._bytes[: self.train_bytes + self.dev_bytes + self.test_bytes]
+        return hashlib.sha256(used.data).hexdigest()
 
     def data_revision(self) -> dict[str, str]:
         """Hash of the bytes that are used, and where they are split."""

@@ -32,9 +32,9 @@ class LanguageModelling(SequenceTask):
     """Base of the tasks that are scored in bits per token of one text.
 
     ``items`` keeps the first so many windows of dev and of test in an order drawn by hash. ``prompt`` and
-    ``new_tokens`` are the lengths of the requests ``forward`` and ``generate``, ``long_prompt`` that of
-    ``forward_long`` and ``generate_long``. A subclass defines :meth:`text`, :attr:`train_lengths` and
-    :attr:`window_length`; no token of its text that is :attr:`silent` is scored.
+    ``new_tokens`` are the lengths of the request ``generate``, ``long_prompt`` that of the prompt of ``generate_long``;
+    prompts are cut to what leaves room for the new tokens in a window. A subclass defines :meth:`text`,
+    :attr:`train_lengths` and :attr:`window_length`; no token of its text that is :attr:`silent` is scored.
     """
 
     metric: ClassVar[Metric] = Metric("bits_per_byte", unit="bits", higher_is_better=False)
@@ -162,14 +162,15 @@ class LanguageModelling(SequenceTask):
         return {self.metric.name: nats / math.log(2) / count}
 
     def requests(self) -> dict[str, Request]:
-        """Prompts of two lengths from the test text, read (``forward…``) and continued (``generate…``)."""
-        import torch
-
-        longest = max(self.prompt, self.long_prompt)
-        text = self.text("test")
-        text = text[text != self.silent][:longest]
-        if len(text) < longest:
-            raise DataError(f"task {self.name}: the test text has {len(text)} tokens, a prompt needs {longest}")
-        tokens = torch.from_numpy(text.astype(np.int64))
-        lengths: Mapping[str, int] = {"": self.prompt, "_long": self.long_prompt}
-        return prompt_requests(tokens, lengths, self.new_tokens)
+        """``forward``: the first test window; ``generate`` and ``generate_long``: its first tokens, continued."""
+        tokens = self._batch("test", self.windows("test")[:1])["input_ids"][0]
+        window = Request("forward", {"input_ids": tokens[None]}, description=f"{len(tokens)} tokens")
+        tokens = tokens[tokens != self.silent]
+        room = len(tokens) - self.new_tokens
+        if room < 1:
+            raise DataError(
+                f"task {self.name}: a test window of {len(tokens)} tokens has no room for new_tokens {self.new_tokens}"
+            )
+        lengths: Mapping[str, int] = {"": min(self.prompt, room), "_long": min(self.long_prompt, room)}
+        found = prompt_requests(tokens, lengths, self.new_tokens)
+        return {"forward": window, **{name: asked for name, asked in found.items() if asked.kind == "generate"}}

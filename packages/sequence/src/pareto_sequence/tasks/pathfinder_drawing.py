@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -98,8 +99,8 @@ class _Grid:
         claimed[inner, inner] = 0
         self.claimed = claimed.reshape(-1)
 
-    def place(self, y: int | np.ndarray, x: int | np.ndarray) -> int | np.ndarray:
-        """Places in the grid of the pixels (y, x)."""
+    def place(self, y: Any, x: Any) -> Any:
+        """Places in the grid of the pixels (y, x), integers or arrays of them."""
         return (y + self.apron) * self.width + x + self.apron
 
 
@@ -202,7 +203,7 @@ def _direction(angle: float) -> np.ndarray:
 def _distance(points: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Distances of ``points`` (..., 2) from the line between the origin and ``end``."""
     share = np.clip((points @ end) / max(float(end @ end), 1e-12), 0.0, 1.0)
-    return np.linalg.norm(points - share[..., None] * end, axis=-1)
+    return np.asarray(np.linalg.norm(points - share[..., None] * end, axis=-1))
 
 
 def _pixels(radius: int) -> np.ndarray:
@@ -216,7 +217,7 @@ def _dash_cells(shape: Geometry, margin: int, width: int, angle: float) -> np.nd
     """Pixels that a dash from the origin in direction ``angle`` claims, as differences of places in the grid."""
     points = _pixels(shape.dash + margin + math.ceil(shape.thickness)).reshape(-1, 2)
     near = points[_distance(points, shape.dash * _direction(angle)) <= margin + shape.thickness / 2]
-    return near[:, 0] * width + near[:, 1]
+    return np.asarray(near[:, 0] * width + near[:, 1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -269,16 +270,16 @@ def _dash_ink(shape: Geometry, dy: float, dx: float) -> np.ndarray:
     """Ink of a dash from the origin to (dy, dx), over the pixels around the origin."""
     points = _fine(shape.dash + math.ceil(shape.thickness) + 1)
     covered = _distance(points, np.array([dy, dx])) <= shape.thickness / 2
-    return np.minimum(shape.contrast * covered.mean((2, 3)), 1.0)
+    return np.asarray(np.minimum(shape.contrast * covered.mean((2, 3)), 1.0))
 
 
 @functools.lru_cache(maxsize=8)
 def _mark_ink(radius: float) -> np.ndarray:
-    return (np.linalg.norm(_fine(math.ceil(radius)), axis=-1) <= radius).mean((2, 3))
+    return np.asarray((np.linalg.norm(_fine(math.ceil(radius)), axis=-1) <= radius).mean((2, 3)))
 
 
 def _fine(radius: int) -> np.ndarray:
     """Points (side, side, POINTS, POINTS, 2) within the pixels around the origin."""
     inside = (np.arange(POINTS) + 0.5) / POINTS - 0.5
     offsets = np.stack(np.meshgrid(inside, inside, indexing="ij"), -1)
-    return _pixels(radius)[:, :, None, None] + offsets
+    return np.asarray(_pixels(radius)[:, :, None, None] + offsets)
