@@ -32,6 +32,8 @@ MEMBERS = [*(f"packages/{name}" for name in PACKAGES), "runner"]
 SOURCES = [str(ROOT / member / "src") for member in MEMBERS]
 
 EVERYTHING = ["--all-packages", "--all-extras", "--group", "test"]
+# Tests of the packages' native code that its sanitizers run.
+NATIVE_TESTS = {"cpu-runtime": ("kernels", "packing", "attention"), "sequence": ("conv", "conv_native", "norm")}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 INDEX_VARIABLES = (
     "UV_DEFAULT_INDEX",
@@ -57,12 +59,16 @@ def tests(session: nox.Session) -> None:
 def kernels(session: nox.Session, build: str) -> None:
     """Test the native kernels under a sanitizer, or with the instructions emulated that this processor lacks."""
     environment = require_build_tools(session) | OFFLINE
-    install(session, ["--package", "pareto-cpu-runtime", "--group", "test"])
+    packages = ["cpu-runtime"] if build == "emulated" else sorted(NATIVE_TESTS)
+    chosen = [argument for name in packages for argument in ("--package", distribution(name))]
+    install(session, [*chosen, "--group", "test"])
     option = "PARETO_EMULATE=ON" if build == "emulated" else f"PARETO_SANITIZE={build}"
-    sources = [str(ROOT / "packages" / name) for name in (CORE, "cpu-runtime")]
-    folder = str(Path(session.create_tmp()) / "build")
-    settings = ["-C", f"cmake.define.{option}", "-C", f"build-dir={folder}", "-C", "install.strip=false"]
-    uv_pip(session, "install", "--no-deps", "--reinstall-package", "pareto-cpu-runtime", *settings, *sources)
+    uv_pip(session, "install", "--no-deps", str(ROOT / "packages" / CORE))
+    for name in packages:
+        folder = str(Path(session.create_tmp()) / f"build-{name}")
+        settings = ["-C", f"cmake.define.{option}", "-C", f"build-dir={folder}", "-C", "install.strip=false"]
+        reinstall = ["--reinstall-package", distribution(name), str(ROOT / "packages" / name)]
+        uv_pip(session, "install", "--no-deps", *settings, *reinstall)
     if build == "address":
         # The sanitizer must be loaded before Python is, and with it the library that throws C++'s exceptions.
         compiler = environment.get("CXX", os.environ.get("CXX", "c++"))
@@ -71,7 +77,7 @@ def kernels(session: nox.Session, build: str) -> None:
         environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
     elif build == "undefined":
         environment |= {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
-    tests = [f"packages/cpu-runtime/tests/test_{name}.py" for name in ("kernels", "packing", "attention")]
+    tests = [f"packages/{package}/tests/test_{name}.py" for package in packages for name in NATIVE_TESTS[package]]
     session.run("python", "-m", "pytest", *tests, *session.posargs, env=environment)
 
 
