@@ -74,6 +74,29 @@ def test_laplace_attention_steps_as_the_full_pass(mixer: str) -> None:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+def test_bfloat16_steps_and_generates_as_its_full_pass(mixer: str) -> None:
+    decoder, ids = model(mixer=mixer).bfloat16(), tokens(2, 13)
+    whole = decoder(ids).logits
+    state = decoder(ids[:, :6], use_cache=True).past_key_values
+    rest = decoder(ids[:, 6:], past_key_values=state).logits
+    assert rest.dtype == torch.bfloat16
+    assert (rest.float() - whole[:, 6:].float()).abs().max() < 0.03 * whole.float().abs().max()
+    assert decoder.generate(ids, max_new_tokens=3).shape == (2, 16)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_autocast_trains_and_generates_close_to_single_precision(mixer: str) -> None:
+    decoder, ids = model(mixer=mixer), tokens(2, 13)
+    expected = decoder(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = decoder(ids, labels=ids)
+        assert decoder.generate(ids, max_new_tokens=3).shape == (2, 16)
+    output.loss.backward()
+    assert (output.logits.float() - expected).abs().max() < 0.06 * expected.abs().max()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_greedy_generation_equals_the_loop_over_full_passes(mixer: str) -> None:
     decoder, ids = model(mixer=mixer), tokens(3, 8)
     expected = ids
@@ -102,7 +125,9 @@ def test_sampling_follows_the_seed_and_the_returned_sequences() -> None:
                 ids, max_new_tokens=8, do_sample=True, top_k=6, num_return_sequences=3, use_cache=use_cache
             ).tolist()
         )
-    assert runs[0] == runs[1] and len(runs[0]) == 6 and len({tuple(row) for row in runs[0]}) > 2
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 6
+    assert len({tuple(row) for row in runs[0]}) > 2
 
 
 def test_an_end_mark_stops_a_row_and_pads_it() -> None:
@@ -116,7 +141,8 @@ def test_an_end_mark_stops_a_row_and_pads_it() -> None:
         kept = new[: new.index(end) + 1] if end in new else new
         assert stopped[row, 6:].tolist() == kept + [16] * (stopped.shape[1] - 6 - len(kept))
     longer = decoder.generate(ids, min_new_tokens=7, max_new_tokens=10, **arguments)
-    assert longer.shape[1] >= 13 and end not in longer[:, 6:12].tolist()[0]
+    assert longer.shape[1] >= 13
+    assert end not in longer[:, 6:12].tolist()[0]
 
 
 class Heard(BaseStreamer):
@@ -136,7 +162,8 @@ class Heard(BaseStreamer):
 def test_a_streamer_hears_every_token() -> None:
     decoder, ids, heard = model(mixer="tcn"), tokens(1, 6), Heard()
     generated = decoder.generate(ids, max_new_tokens=5, do_sample=False, streamer=heard)
-    assert heard.tokens == generated[0].tolist() and heard.ended
+    assert heard.tokens == generated[0].tolist()
+    assert heard.ended
 
 
 def test_generation_continues_from_a_returned_state() -> None:
@@ -145,7 +172,8 @@ def test_generation_continues_from_a_returned_state() -> None:
     first = decoder.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     state = first.past_key_values
     # The last token was chosen, not read.
-    assert isinstance(state, SequenceState) and state.length == 11
+    assert isinstance(state, SequenceState)
+    assert state.length == 11
     second = decoder.generate(first.sequences, max_new_tokens=7, do_sample=False, past_key_values=state)
     assert second.tolist() == whole.tolist()
 
@@ -173,7 +201,8 @@ def test_a_step_reads_one_token_whatever_the_length_of_the_text() -> None:
     decoder(tokens(1, 1), past_key_values=state)
     for hook in hooks:
         hook.remove()
-    assert seen and max(seen) <= 20
+    assert seen
+    assert max(seen) <= 20
 
 
 def test_padded_prompts_are_refused() -> None:
