@@ -15,6 +15,9 @@ _HOMES = {
     "SequenceForSequenceClassification": "modeling",
     "TCN": "tcn",
     "depthwise_conv": "conv",
+    "load_model": "modeling",
+    "parameter_count": "matching",
+    "parameter_matched": "matching",
 }
 
 __all__ = sorted(_HOMES)

@@ -6,12 +6,12 @@ import copy
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pareto_core import ConfigError, Measurement, Method, ModelError, Paper
 from pareto_core.weights import save_transformer
+from pareto_sequence._nearest import nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -260,17 +260,6 @@ def inputs_of(task: Task) -> tuple[str, bool]:
             f"task {task.name} is not a task over sequences: it has no inputs (tokens, values or pairs) and causal"
         )
     return str(inputs), causal
-
-
-def nearest(count: Callable[[int], int], target: int) -> int:
-    """The number from 1 on whose ``count``, which grows, is nearest to ``target``."""
-    low, high = 0, 1
-    while count(high) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < target else (low, middle)
-    return min((number for number in (low, high) if number), key=lambda number: abs(count(number) - target))
 
 
 def _count(config: SequenceConfig) -> int:

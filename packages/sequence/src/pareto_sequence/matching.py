@@ -13,9 +13,8 @@ import math
 import torch
 
 from pareto_core.errors import ModelError, UnsupportedError
+from pareto_sequence._nearest import nearest
 from pareto_sequence.configuration import MIXERS, SequenceConfig
-
-WIDEST = 2**16
 
 
 def parameter_count(config: SequenceConfig) -> int:
@@ -59,18 +58,12 @@ def parameter_matched(config: SequenceConfig, mixer: str, *, tolerance: float = 
 
 
 def _nearest(config: SequenceConfig, mixer: str, step: int, goal: int) -> SequenceConfig:
-    """Search the multiples of ``step`` by halving: more width is more parameters."""
+    """The width, a multiple of ``step``, that comes nearest: more width is more parameters."""
 
     def at(multiple: int) -> SequenceConfig:
         return _with(config, mixer=mixer, hidden_size=multiple * step)
 
-    low, high = 1, 2
-    while parameter_count(at(high)) < goal and high * step < WIDEST:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if parameter_count(at(middle)) < goal else (low, middle)
-    return min((at(low), at(high)), key=lambda found: abs(parameter_count(found) - goal))
+    return at(nearest(lambda multiple: parameter_count(at(multiple)), goal))
 
 
 def _with(config: SequenceConfig, **changes: object) -> SequenceConfig:
