@@ -125,7 +125,7 @@ def test_the_convolution_by_fft_is_torchs(length, dilation):
 
 
 def test_every_convolution_has_its_row():
-    rows = convolutions.measure([20, 30], [1, 7], 4, 5, QUICK, quiet)
+    rows = list(convolutions.measure([20, 30], [1, 7], 4, 5, QUICK, quiet))
     assert len(rows) == 2 * 2 * 3 * 2
     assert {row.case for row in rows} == {"library", "own (native)", "FFT"}
     assert all(row.ratio.value == 1 for row in rows if row.case == "library")
@@ -161,7 +161,7 @@ def test_a_wrong_convolution_is_not_timed(case, part):
 
 
 def test_every_average_has_its_row_and_a_wrong_one_is_not_timed():
-    rows = averages.measure([30], [2, 3], 4, QUICK, quiet)
+    rows = list(averages.measure([30], [2, 3], 4, QUICK, quiet))
     assert len(rows) == 2 * 3 * 2
     found, x, modules = averages.cases(30, 2, 4, "cpu")
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_the_factor_is_the_smallest_that_covers_the_sequence():
 @pytest.mark.parametrize("decoding", [True, False])
 def test_a_cell_has_every_case_and_its_bound(decoding):
     shape = dataclasses.replace(TINY, decoding=decoding)
-    rows = models.measure([12, 20], [shape], QUICK, quiet)
+    rows = list(models.measure([12, 20], [shape], QUICK, quiet))
     names = (models.BASE, models.FACTORED, models.TRUNCATED, models.TCNCA, models.LIBRARY, models.WITHOUT)
     assert [row.case for row in rows[:12]] == [name for name in names for _ in range(2)]
     assert len(rows) == 2 * 12
@@ -232,7 +232,7 @@ def test_where_memory_ends_a_whole_cell_says_so(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(models, "models", fail)
-    rows = models.measure([12], [TINY], QUICK, quiet)
+    rows = list(models.measure([12], [TINY], QUICK, quiet))
     assert {row.problem for row in rows} == {"out of memory"}
     assert len(rows) == 12
 
@@ -244,7 +244,7 @@ def test_time_per_token_is_relative_to_the_shortest_length(monkeypatch):
         return turns.Times({name: {way: np.full(5, times[name]) for way in turns.DIRECTIONS} for name in cases})
 
     monkeypatch.setattr(models, "take_turns", fake)
-    rows = models.measure_tokens([16, 8], TINY, QUICK, quiet)
+    rows = list(models.measure_tokens([16, 8], TINY, QUICK, quiet))
     found = {row.place["length"]: row for row in rows if row.case == models.TCNCA and row.direction == "backward"}
     assert found[8].ratio == Estimate(1.0, 1.0, 1.0)
     assert found[16].ratio == Estimate(1.25, 1.25, 1.25)  # 10 / 16 to 4 / 8
@@ -276,6 +276,20 @@ def test_a_table_that_is_refused_is_an_error_not_a_figure(tmp_path, capsys, monk
     captured = capsys.readouterr()
     assert "error: FFT, length 64, dilation 1: its output is off" in captured.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("problem", "code"), [(KeyboardInterrupt(), 130), (ModelError("it is off"), 1)])
+def test_what_was_measured_stays_when_the_rest_fails(problem, code, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise problem
+
+    monkeypatch.setattr("pareto_sequence.cost.__main__.limit_memory", lambda gibibytes: None)
+    monkeypatch.setattr(averages, "measure", fail)
+    assert main(["--out", str(tmp_path), "--quick", "--only", "convolution", "ema"]) == code
+    stored = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))
+    assert {row["table"] for row in stored["rows"]} == {"convolution"}
+    assert "Depthwise dilated convolution" in (tmp_path / "cost.md").read_text(encoding="utf-8")
+    assert ("what was measured until now is kept" if code == 130 else "it is off") in capsys.readouterr().err
 
 
 def test_options_are_checked(capsys, tmp_path):

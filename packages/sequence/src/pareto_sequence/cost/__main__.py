@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -69,9 +70,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure what was asked for; what cannot be done here is listed with its reason."""
     asked = parse(arguments)
+    code = 0
     try:
         prepare(asked)
-        costs = tables.Costs(tables.machine(asked.device, asked.malloc), *measure(asked))
+        costs = tables.Costs(tables.machine(asked.device, asked.malloc))
+        try:
+            for measured in measure(asked, costs):
+                costs = measured
+                tables.write(costs, asked.out)  # at once: what is measured stays, whatever comes
+        except KeyboardInterrupt:
+            print("\ninterrupted: what was measured until now is kept", file=sys.stderr)
+            code = 130
     except ParetoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -83,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no pictures: {error}", file=sys.stderr)
     for path in written:
         print(f"written: {path}", file=sys.stderr)
-    return 0
+    return code
 
 
 def prepare(asked: argparse.Namespace) -> None:
@@ -110,27 +119,29 @@ def keep_freed_memory() -> None:
         raise UnsupportedError("--malloc kept: this C library has no mallopt")
 
 
-def measure(asked: argparse.Namespace) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """The rows of all tables, and the reasons of those that cannot be made here."""
-    measures: dict[str, Callable[[argparse.Namespace, Settings], list[Row]]] = {
+def measure(asked: argparse.Namespace, costs: tables.Costs) -> Iterator[tables.Costs]:
+    """``costs`` after each row that was added, and with the reasons of the tables that cannot be made here."""
+    measures: dict[str, Callable[[argparse.Namespace, Settings], Iterator[Row]]] = {
         "convolution": _convolution,
         "ema": _ema,
         "models": _models,
         "tokens": _tokens,
     }
     settings = Settings(asked.device, 0.0 if asked.quick else asked.seconds, 3 if asked.quick else 12)
-    rows: list[Row] = []
-    left_out: list[str] = []
     for name in asked.only:
         try:
-            rows += measures[name](asked, settings)
+            for row in measures[name](asked, settings):
+                costs = dataclasses.replace(costs, rows=(*costs.rows, row))
+                yield costs
+            continue
         except UnsupportedError as error:
-            left_out.append(f"{name}: {error}")
+            reason = str(error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            left_out.append(f"{name}: {OUT_OF_MEMORY} at sizes that leave nothing to compare; ask for smaller ones")
-    return tuple(rows), tuple(left_out)
+            reason = f"{OUT_OF_MEMORY} at sizes that leave nothing more to compare; ask for smaller ones"
+        costs = dataclasses.replace(costs, left_out=(*costs.left_out, f"{name}: {reason}"))
+        yield costs
 
 
 def _sizes(asked: argparse.Namespace, field: str, usual: Sequence[int], quick: Sequence[int]) -> list[int]:
@@ -143,7 +154,7 @@ def _size(asked: argparse.Namespace, field: str, usual: int, quick: int) -> int:
     return int(given if given is not None else quick if asked.quick else usual)
 
 
-def _convolution(asked: argparse.Namespace, settings: Settings) -> list[Row]:
+def _convolution(asked: argparse.Namespace, settings: Settings) -> Iterator[Row]:
     from pareto_sequence.cost import convolutions
 
     lengths = _sizes(asked, "lengths", (1024, 4096, 16384, 65536), (64, 128))
@@ -152,7 +163,7 @@ def _convolution(asked: argparse.Namespace, settings: Settings) -> list[Row]:
     return convolutions.measure(lengths, dilations, width, asked.kernel_size, settings, progress)
 
 
-def _ema(asked: argparse.Namespace, settings: Settings) -> list[Row]:
+def _ema(asked: argparse.Namespace, settings: Settings) -> Iterator[Row]:
     from pareto_sequence.cost import averages
 
     lengths = _sizes(asked, "lengths", (1024, 4096, 16384), (64, 128))
@@ -160,7 +171,7 @@ def _ema(asked: argparse.Namespace, settings: Settings) -> list[Row]:
     return averages.measure(lengths, states, _size(asked, "width", 512, 8), settings, progress)
 
 
-def _models(asked: argparse.Namespace, settings: Settings) -> list[Row]:
+def _models(asked: argparse.Namespace, settings: Settings) -> Iterator[Row]:
     from pareto_sequence.cost import models
 
     lengths = _sizes(asked, "lengths", (1024, 2048, 4096, 8192, 16384), (64, 128))
@@ -174,7 +185,7 @@ def _models(asked: argparse.Namespace, settings: Settings) -> list[Row]:
     return models.measure(lengths, shapes, settings, progress)
 
 
-def _tokens(asked: argparse.Namespace, settings: Settings) -> list[Row]:
+def _tokens(asked: argparse.Namespace, settings: Settings) -> Iterator[Row]:
     from pareto_sequence.cost import models
 
     lengths = _sizes(asked, "lengths", (4096, 8192, 16384, 32768, 65536), (64, 128, 256))

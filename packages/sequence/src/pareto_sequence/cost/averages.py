@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -26,17 +26,16 @@ def measure(
     width: int,
     settings: Settings,
     progress: Callable[[str], Callable[[float], None]],
-) -> list[Row]:
+) -> Iterator[Row]:
     """Rows for every length and state size, one sequence of ``width`` channels, causal, newly initialised."""
-    rows: list[Row] = []
     states = list(states)
     for length in lengths:
         for state in states:
             found, x, modules = cases(length, state, width, settings.device)
             check(found, x, modules)
             place: dict[str, int | str] = {"length": length, "state": state, "width": width}
-            rows += speedups(TABLE, place, take_turns(found, settings, progress(f"EMA, length {length}")), BASE)
-    return rows
+            times = take_turns(found, settings, progress(f"EMA, length {length}, state {state}"))
+            yield from speedups(TABLE, place, times, BASE)
 
 
 def cases(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.nn import functional as F
@@ -29,9 +29,8 @@ def measure(
     kernel_size: int,
     settings: Settings,
     progress: Callable[[str], Callable[[float], None]],
-) -> list[Row]:
+) -> Iterator[Row]:
     """Rows for every length and dilation, one sequence of ``width`` channels, left-padded (causal)."""
-    rows: list[Row] = []
     dilations = list(dilations)
     for length in lengths:
         for dilation in dilations:
@@ -39,8 +38,7 @@ def measure(
             check(found, length, dilation)
             place: dict[str, int | str] = {"length": length, "dilation": dilation, "width": width, "K": kernel_size}
             times = take_turns(found, settings, progress(f"convolution, length {length}, dilation {dilation}"))
-            rows += speedups(TABLE, place, times, BASE)
-    return rows
+            yield from speedups(TABLE, place, times, BASE)
 
 
 def cases(length: int, dilation: int, width: int, kernel_size: int, device: str) -> dict[str, Case]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,14 +105,12 @@ def covering_factor(length: int, kernel_size: int, layers: int) -> int:
     return factor
 
 
-def measure(lengths: Iterable[int], shapes: Iterable[Shape], settings: Settings, progress: Progress) -> list[Row]:
+def measure(lengths: Iterable[int], shapes: Iterable[Shape], settings: Settings, progress: Progress) -> Iterator[Row]:
     """Rows of the table ``models`` for every shape and length, one sequence at a time."""
-    rows: list[Row] = []
     lengths = list(lengths)
     for shape in shapes:
         for length in lengths:
-            rows += measure_one(length, shape, settings, progress)
-    return rows
+            yield from measure_one(length, shape, settings, progress)
 
 
 def measure_one(length: int, shape: Shape, settings: Settings, progress: Progress) -> list[Row]:
@@ -218,7 +216,7 @@ def check(built: dict[str, nn.Module], shape: Shape, length: int, device: str) -
         require_close(f"{what}: its gradients", flat, right, GRADIENT_TOLERANCE)
 
 
-def measure_tokens(lengths: Iterable[int], shape: Shape, settings: Settings, progress: Progress) -> list[Row]:
+def measure_tokens(lengths: Iterable[int], shape: Shape, settings: Settings, progress: Progress) -> Iterator[Row]:
     """Rows of the table ``tokens``: time over lengths, and its time per token to that at the shortest length.
 
     All lengths of a model take turns. F is the same for all: the network covers the longest.
@@ -226,12 +224,10 @@ def measure_tokens(lengths: Iterable[int], shape: Shape, settings: Settings, pro
     lengths = sorted(lengths)
     built = models(lengths[-1], shape, settings.device)
     check(built, shape, min(lengths[0], CHECKED), settings.device)
-    rows: list[Row] = []
     for name in (TCNCA, TRUNCATED, BASE):
         cases = {str(length): case_of(built[name], draw(length, shape, settings.device)) for length in lengths}
         times = take_turns(cases, settings, progress(f"time per token of {name}"))
-        rows += _per_token(name, lengths, shape, times)
-    return rows
+        yield from _per_token(name, lengths, shape, times)
 
 
 def _per_token(name: str, lengths: list[int], shape: Shape, times: Times) -> list[Row]:

@@ -36,7 +36,7 @@ class Costs:
     """All that one run measured; ``left_out`` says what was not, and why."""
 
     machine: dict[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = ()
     left_out: tuple[str, ...] = ()
 
     def tables(self) -> list[str]:
