@@ -256,6 +256,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("pair")
     found: dict[str, Any] = {"directory": directory, "curves": {}}
     with two_processes(directory, "all") as child:
+        command = Path(f"/proc/{child.pid}/cmdline").read_text().split("\0")
+        found["port"] = next(word.partition("=")[2] for word in command if word.startswith("--master_port="))
         for message in child.messages():
             if "case" in message:
                 found["curves"][tuple(message["case"])] = message["curve"]
@@ -279,6 +281,11 @@ def alive(process: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_no_shared_memory_is_left_behind(pair: Any) -> None:
+    assert pair["curves"]  # they did communicate
+    assert not list(Path("/dev/shm").glob(f"*_{pair['port']}_*"))
 
 
 def test_two_processes_have_the_losses_of_one(pair: Any, ranks: Any) -> None:

@@ -14,6 +14,7 @@
 #include "conv.h"
 #include "dispatch.h"
 #include "norm.h"
+#include "turn.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -134,6 +135,17 @@ void norm_silu_add_gradient_arrays(const Input& c, const Input& grad, const Vect
                          c_grad.data(), weight_grad.data(), bias_grad.data(), threads);
 }
 
+void turn_arrays(const Input& x, const Output& out, int threads) {
+  require(out.shape(0) == x.shape(0) && out.shape(1) == x.shape(2) && out.shape(2) == x.shape(1),
+          "out must have the shape of x with its last two dimensions exchanged");
+  require(!overlap(x.data(), x.size(), out.data(), out.size()), "out must not overlap x");
+  require(threads >= 1 && threads <= kMostThreads, "threads must be 1 to 1024");
+  const TurnShape shape{static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)),
+                        static_cast<int64_t>(x.shape(2))};
+  const nb::gil_scoped_release release;
+  turn(shape, x.data(), out.data(), threads);
+}
+
 }  // namespace
 }  // namespace pareto
 
@@ -157,4 +169,6 @@ NB_MODULE(_native, module) {
              "weight"_a.noconvert(), "bias"_a.noconvert(), "mean"_a.noconvert(), "rstd"_a.noconvert(),
              "c_grad"_a.noconvert(), "weight_grad"_a.noconvert(), "bias_grad"_a.noconvert(), "threads"_a = 1,
              "isa"_a = "", "Write the gradients with respect to c, weight and bias for grad (B, D, L).");
+  module.def("turn", &pareto::turn_arrays, "x"_a.noconvert(), "out"_a.noconvert(), "threads"_a = 1,
+             "out (B, N, M) = x (B, M, N) with its last two dimensions exchanged.");
 }

@@ -23,6 +23,7 @@ from pareto_core.errors import ModelError, UnsupportedError
 from pareto_sequence.conv import ConvState, conv_step, depthwise_conv
 from pareto_sequence.norm_native import fits, norm_silu_add
 from pareto_sequence.norms import EPSILON, LayerNorm, make_norm
+from pareto_sequence.turn_native import turned
 
 SPAN_LIMIT = 2**31
 
@@ -166,10 +167,10 @@ class TCN(nn.Module):
         self._check_input(x, 3)
         y = x
         if mask is None and fits(x) and all(block.goes_by_channel for block in self.blocks):
-            y = x.transpose(1, 2).contiguous()
+            y = turned(x)
             for block in self.blocks:
                 y = block.by_channel(y)
-            y = y.transpose(1, 2)
+            y = turned(y)
         else:
             for block in self.blocks:
                 y = block(y, mask)

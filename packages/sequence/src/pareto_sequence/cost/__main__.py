@@ -115,7 +115,7 @@ def keep_freed_memory() -> None:
     """Have the C library serve large blocks from its heap and keep the heap (mallopt); raises UnsupportedError."""
     trim_threshold, mmap_max = -1, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)):
+    if mallopt is None or not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
         raise UnsupportedError("--malloc kept: this C library has no mallopt")
 
 
