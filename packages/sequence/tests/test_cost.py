@@ -292,6 +292,14 @@ def test_what_was_measured_stays_when_the_rest_fails(problem, code, tmp_path, ca
     assert ("what was measured until now is kept" if code == 130 else "it is off") in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_is_said_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pareto_sequence.cost.__main__.limit_memory", lambda gibibytes: None)
+    monkeypatch.setattr(convolutions, "measure", lambda *_: pytest.fail("it measured"))
+    (tmp_path / "file").write_text("")
+    assert main(["--out", str(tmp_path / "file" / "folder"), "--quick"]) == 1
+    assert "Not a directory" in capsys.readouterr().err
+
+
 def test_options_are_checked(capsys, tmp_path):
     assert parse(["--quick"]).lengths is None
     with pytest.raises(SystemExit):

@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     code = 0
     try:
         prepare(asked)
+        asked.out.mkdir(parents=True, exist_ok=True)
         costs = tables.Costs(tables.machine(asked.device, asked.malloc))
         try:
             for measured in measure(asked, costs):
@@ -81,11 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\ninterrupted: what was measured until now is kept", file=sys.stderr)
             code = 130
-    except ParetoError as error:
+        written = tables.write(costs, asked.out)
+    except (ParetoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(tables.markdown(costs))
-    written = tables.write(costs, asked.out)
     try:
         written += plots.draw(costs, asked.out)
     except UnsupportedError as error:
