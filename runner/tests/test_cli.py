@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,13 @@ def test_list_and_targets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert not code
     assert "tpu" in text
     assert "DeepSpeed has no TPU" in text
+
+
+def test_versions_of_what_is_installed(monkeypatch, capsys) -> None:
+    code, text = command(monkeypatch, capsys, "--version")
+    assert not code
+    assert f"pareto-runner {version('pareto-runner')}\n" in text
+    assert f"pareto-core {version('pareto-core')}\n" in text
 
 
 def test_help_imports_neither_torch_nor_mlflow() -> None:

@@ -99,11 +99,16 @@ def test_a_directory_without_texts_is_refused(tmp_path: Path) -> None:
         read_texts(tmp_path)
 
 
-def test_the_backbone_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", list(byte_llama.RECIPES))
+def test_the_backbone_is_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARETO_CACHE", str(tmp_path))
-    monkeypatch.setattr(byte_llama, "revision", lambda: "key")
-    made = tmp_path / "byte-llama" / "key"
+    monkeypatch.setattr(byte_llama, "revision", lambda name: f"key of {name}")
+    made = tmp_path / name / f"key of {name}"
     made.mkdir(parents=True)
     (made / "config.json").write_text("{}")
-    assert resolve("byte-llama") == str(made)
-    assert backbones.revision("byte-llama") == "byte-llama key"
+    assert resolve(name) == str(made)
+    assert backbones.revision(name) == f"{name} key of {name}"
+
+
+def test_each_recipe_has_a_key_of_its_own() -> None:
+    assert byte_llama.revision("byte-llama") != byte_llama.revision("byte-llama-long")

@@ -11,7 +11,7 @@ import torch
 
 from pareto_core import ModelError
 from pareto_core.byte_llama import Recipe, tokenizer, untrained
-from pareto_core.training_once import rate, run_command, save_whole, shuffled_windows, trained_once
+from pareto_core.training_once import fit, rate, run_command, save_whole, shuffled_windows, trained_once
 
 SMALL = Recipe(width=16, layers=1, heads=2, kv_heads=1, inner=32, positions=32, window=4, batch=2, steps=7, warmup=2)
 
@@ -29,15 +29,15 @@ def test_one_process_trains_and_the_others_wait(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(subprocess, "run", run)
     path = tmp_path / "models" / "key"
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(lambda _: trained_once(path, "some.module", "the model"), range(8)))
+        found = set(pool.map(lambda _: trained_once(path, "some.module", "the model", "small", "a moment"), range(8)))
     assert found == {path}
-    assert commands == [[sys.executable, "-m", "some.module", str(path)]]
-    assert capsys.readouterr().err.count("training the model, once") == 1
+    assert commands == [[sys.executable, "-m", "some.module", "--model", "small", str(path)]]
+    assert capsys.readouterr().err.count("training the model, once: a moment") == 1
 
 
 def test_a_training_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"training the model failed: .*No module named .*no_such_module"):
-        trained_once(tmp_path / "key", "no_such_module", "the model")
+        trained_once(tmp_path / "key", "no_such_module", "the model", "small", "a moment")
     assert not (tmp_path / "key").exists()
 
 
@@ -65,14 +65,39 @@ def test_what_is_there_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_what_is_kept_or_trains_where_it_is_told(tmp_path, monkeypatch, capsys):
-    trained = []
-    for arguments in ([], [str(tmp_path / "new")]):
+    trained: list[tuple[str, Path]] = []
+
+    def command(*arguments: str) -> str:
         monkeypatch.setattr("sys.argv", ["model", *arguments])
-        run_command("pareto_core.model", trained.append, lambda: tmp_path / "kept")
-    assert trained == [tmp_path / "new"]
-    assert capsys.readouterr().out.strip() == str(tmp_path / "kept")
-    monkeypatch.setattr("sys.argv", ["model", "--help"])
+        run_command(
+            "pareto_core.model",
+            ("small", "large"),
+            lambda name, directory: trained.append((name, directory)),
+            lambda name: tmp_path / name,
+        )
+        return capsys.readouterr().out.strip()
+
+    assert command() == str(tmp_path / "small")
+    assert command("--model", "large") == str(tmp_path / "large")
+    assert not trained
+    command("--model", "large", str(tmp_path / "new"))
+    assert trained == [("large", tmp_path / "new")]
+    with pytest.raises(SystemExit, match="2"):
+        command("--model", "huge")
+    assert "small" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
-        run_command("pareto_core.model", trained.append, lambda: tmp_path / "kept")
+        command("--help")
     assert "python -m pareto_core.model" in capsys.readouterr().out
     assert len(trained) == 1
+
+
+def test_training_says_how_far_it_is(capsys) -> None:
+    fit(
+        untrained(SMALL),
+        ({"input_ids": ids, "labels": ids} for ids in shuffled_windows(torch.arange(64), SMALL)),
+        SMALL,
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == SMALL.steps
+    assert lines[-1].startswith("step 7 of 7: loss ")
+    assert lines[-1].endswith(" 0 min left")

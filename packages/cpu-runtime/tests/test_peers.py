@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from pareto_core import DataError, ModelError
+from pareto_cpu_runtime.peers import report
+from pareto_cpu_runtime.peers.__main__ import main
 from pareto_cpu_runtime.peers.compare import check_agreement, correlation
 from pareto_cpu_runtime.peers.geometry import Geometry, neighbouring, q4_0, random_blocks
 from pareto_cpu_runtime.peers.intervals import ratio_of_medians
+from pareto_cpu_runtime.peers.loading import CASES, loading
 from pareto_cpu_runtime.peers.workers import Worker, run_script
 
 
@@ -81,3 +84,34 @@ def test_a_worker_answers_and_one_that_ends_says_why():
 def test_a_script_that_fails_says_why(tmp_path):
     with pytest.raises(DataError, match=r"gguf_writer.py: .*pip install"):
         run_script(sys.executable, "gguf_writer.py", geometry={"no such size": 1}, path=str(tmp_path / "model.gguf"))
+
+
+def test_loading_is_measured_in_processes_of_their_own(tmp_path):
+    small = Geometry(layers=1, vocabulary=512, width=256, inner=512, heads=4, kv_heads=2)
+    found = loading(small, tmp_path, 1, 1)
+    assert [(case.group, case.memory) for case in found.cases] == list(CASES)
+    for case in found.cases:
+        assert case.runs[0]["weights"] > packed_bytes_of(small, case.group)
+        assert 0 < case.runs[0]["seconds"] < 60
+        assert case.peak("generating") >= case.peak("loading") > 0
+    assert report.markdown(small, [found]).count("| read |") == 2
+
+
+def packed_bytes_of(geometry, group):
+    return sum(n * k // 2 + n * k // group * 2 for _, n, k in geometry.matrices())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--threads", "0"], "whole number above 0"), (["--turns", "x"], "whole number above 0")],
+)
+def test_counts_that_make_no_sense_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--only", "loading", "--out", str(tmp_path / "file")]) == 1
+    assert "error: " in capsys.readouterr().err

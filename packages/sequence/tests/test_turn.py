@@ -49,3 +49,10 @@ def test_wrong_shapes_and_overlap_are_refused():
         native.turn(x, x.view(2, 4, 3))
     with pytest.raises(ValueError, match="threads"):
         native.turn(x, torch.zeros(2, 4, 3), 0)
+
+
+def test_it_can_be_differentiated_twice():
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad((turned(x) ** 3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    assert torch.equal(second, 6 * x)

@@ -30,7 +30,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Measure what efficiency techniques cost and what they buy: accuracy, memory and latency, side by side.",
 )
 
 Names = Annotated[
@@ -55,6 +54,28 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, w
 Out = Annotated[Path, typer.Option(help="Where journal, report and logs are written.")]
 Benchmarks = Annotated[Path | None, typer.Option(help="Folder of benchmark files (default: found above here).")]
 Tracking = Annotated[str | None, typer.Option(help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI or sqlite).")]
+
+
+def show_versions(asked: bool) -> None:
+    """Print the version of each package of this project that is installed, and stop."""
+    if not asked:
+        return
+    from importlib.metadata import distributions
+
+    found = {item.name: item.version for item in distributions() if item.name.startswith("pareto-")}
+    for name, version in sorted(found.items()):
+        console.print(f"{name} {version}", highlight=False)
+    raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=show_versions, is_eager=True, help="Print the packages' versions.")
+]
+
+
+@app.callback()
+def pareto(version: Version = False) -> None:
+    """Measure what efficiency techniques cost and what they buy: accuracy, memory and latency, side by side."""
 
 
 @app.command()

@@ -19,6 +19,7 @@ from pareto_core.errors import DataError
 MINILM = "minilm"
 TINY_GPT2 = "tiny-gpt2"
 BYTE_LLAMA = "byte-llama"
+BYTE_LLAMA_LONG = "byte-llama-long"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -42,16 +43,17 @@ def minilm_path() -> Path:
 def resolve(model: str) -> str:
     """Turn a backbone's name (``minilm``, …, a hub name, a directory) into what ``from_pretrained`` takes.
 
-    The first use of ``tiny-gpt2`` or ``byte-llama`` trains it (:mod:`pareto_core.tiny_gpt2`, ``.byte_llama``).
+    The first use of ``tiny-gpt2``, ``byte-llama`` or ``byte-llama-long`` trains it (:mod:`pareto_core.tiny_gpt2`,
+    ``.byte_llama``).
     """
     if model == TINY_GPT2:
         from pareto_core.tiny_gpt2 import tiny_gpt2_path
 
         return str(tiny_gpt2_path())
-    if model == BYTE_LLAMA:
+    if model in (BYTE_LLAMA, BYTE_LLAMA_LONG):
         from pareto_core.byte_llama import byte_llama_path
 
-        return str(byte_llama_path())
+        return str(byte_llama_path(model))
     return str(minilm_path()) if model == MINILM else model
 
 
@@ -61,10 +63,10 @@ def revision(model: str) -> str:
         from pareto_core import tiny_gpt2
 
         return f"{model} {tiny_gpt2.revision()}"
-    if model == BYTE_LLAMA:
+    if model in (BYTE_LLAMA, BYTE_LLAMA_LONG):
         from pareto_core import byte_llama
 
-        return f"{model} {byte_llama.revision()}"
+        return f"{model} {byte_llama.revision(model)}"
     return model
 
 

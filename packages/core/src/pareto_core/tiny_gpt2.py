@@ -51,12 +51,13 @@ class Recipe:
     warmup: int = 40
 
 
-def tiny_gpt2_path() -> Path:
+def tiny_gpt2_path(name: str = TINY_GPT2) -> Path:
     """Directory of the trained model and its tokenizer; trains it first where it is not there.
 
     Processes that ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
     """
-    return trained_once(cache_directory() / TINY_GPT2 / revision(), "pareto_core.tiny_gpt2", "the offline GPT-2")
+    path = cache_directory() / name / revision()
+    return trained_once(path, "pareto_core.tiny_gpt2", "the offline GPT-2", name, "two to three minutes")
 
 
 @functools.cache
@@ -140,4 +141,9 @@ def _batches(ids: torch.Tensor, recipe: Recipe) -> Iterator[Batch]:
 
 
 if __name__ == "__main__":
-    run_command("pareto_core.tiny_gpt2", lambda directory: train(Recipe(), training_texts(), directory), tiny_gpt2_path)
+    run_command(
+        "pareto_core.tiny_gpt2",
+        (TINY_GPT2,),
+        lambda _, directory: train(Recipe(), training_texts(), directory),
+        tiny_gpt2_path,
+    )

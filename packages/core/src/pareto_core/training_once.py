@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,21 +50,23 @@ class Schedule(Protocol):
         ...
 
 
-def trained_once(path: Path, module: str, title: str) -> Path:
-    """Return ``path``, the directory of a trained model; ``python -m module path`` makes it where it is not there.
+def trained_once(path: Path, module: str, title: str, name: str, duration: str) -> Path:
+    """Return ``path``, the directory of the trained model ``name``; :func:`run_command` of ``module`` makes it.
 
-    Processes that ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
+    Where it is made, ``title`` and ``duration`` go to standard error, and then the training's progress. Processes that
+    ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
     """
     if (path / "config.json").is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         if not (path / "config.json").is_file():
-            message = f"training {title}, once: two to three minutes on two idle cores; kept in {path}"
+            message = f"training {title}, once: {duration} on two idle cores; kept in {path}"
             print(message, file=sys.stderr, flush=True)
-            # In a process of its own: random numbers and peak memory of this one stay as they are.
-            command = [sys.executable, "-m", module, str(path)]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            # In a process of its own: random numbers and peak memory of this one stay as they are. What it prints goes
+            # to where this one's errors go; its errors are kept, for the message below.
+            command = [sys.executable, "-m", module, "--model", name, str(path)]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 raise ModelError(f"training {title} failed: {done.stderr.strip()[-500:]}")
     return path
@@ -84,7 +87,10 @@ def save_whole(model: Any, tokenizer: Any, path: Path) -> None:
 
 
 def fit(model: Any, batches: Iterable[Batch], schedule: Schedule) -> None:
-    """Train ``model`` in place by AdamW, one step for each of the ``batches`` (with ``labels``)."""
+    """Train ``model`` in place by AdamW, one step for each of the ``batches`` (with ``labels``).
+
+    Prints the loss and the time that is left ten times.
+    """
     import torch
 
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -92,13 +98,18 @@ def fit(model: Any, batches: Iterable[Batch], schedule: Schedule) -> None:
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
     model.train()
+    start = time.monotonic()
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * rate(step, schedule)
-        model(**batch).loss.backward()
+        loss = model(**batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if (done := step + 1) % max(1, schedule.steps // 10) == 0:
+            left = (time.monotonic() - start) / done * (schedule.steps - done) / 60
+            print(f"step {done} of {schedule.steps}: loss {loss.item():.3f}, {left:.0f} min left", flush=True)
     model.eval()
 
 
@@ -127,14 +138,17 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def run_command(module: str, train: Callable[[Path], None], kept: Callable[[], Path]) -> None:
+def run_command(
+    module: str, names: Sequence[str], train: Callable[[str, Path], None], kept: Callable[[str], Path]
+) -> None:
     """``python -m module``: print the kept model's directory, or train into a new one that is named."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description="Train the model unless it is kept already, and print its directory."
     )
+    parser.add_argument("--model", choices=names, default=names[0], help="which one (default: %(default)s)")
     parser.add_argument("directory", nargs="?", type=Path, help="train into this new directory instead")
-    directory = parser.parse_args().directory
-    if directory is None:
-        print(kept())
+    arguments = parser.parse_args()
+    if arguments.directory is None:
+        print(kept(arguments.model))
     else:
-        train(directory)
+        train(arguments.model, arguments.directory)

@@ -41,6 +41,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pareto_core.errors import ModelError, UnsupportedError
+from pareto_sequence.norm_native import fits
+from pareto_sequence.turn_native import turned
 
 Algorithm = Literal["fft", "factored", "truncated", "auto"]
 
@@ -154,9 +156,11 @@ class DampedEMA(nn.Module):
         """
         self._check(x, ("B", "L", "D"))
         with _without_autocast(x.device):
-            values = x.transpose(1, 2).to(torch.promote_types(x.dtype, self._dtype)).contiguous()
+            wide = x.to(torch.promote_types(x.dtype, self._dtype))
+            native = fits(wide)
+            values = turned(wide) if native else wide.transpose(1, 2).contiguous()
             y = F.silu(self._convolve(values) + self.omega.to(values.dtype)[:, None] * values)
-        return y.transpose(1, 2).to(x.dtype)
+            return (turned(y) if native else y.transpose(1, 2)).to(x.dtype)
 
     def step(self, x: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one token: ``x`` (B, D) and the ``state`` (B, D, N) before it, None at the start.

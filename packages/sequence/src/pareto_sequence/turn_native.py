@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from pareto_sequence.conv_native import native, plain, threads_for
 
@@ -28,17 +27,12 @@ class Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         """See :func:`turned`."""
-        return _turn(x)
+        x = plain(x)
+        out = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+        native().turn(x, out, threads_for(COST * x.numel()))
+        return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         """The gradient with respect to x."""
-        return _turn(grad)
-
-
-def _turn(x: torch.Tensor) -> torch.Tensor:
-    x = plain(x)
-    out = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
-    native().turn(x, out, threads_for(COST * x.numel()))
-    return out
+        return turned(grad)

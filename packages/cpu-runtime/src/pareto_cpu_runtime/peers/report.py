@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from pareto_cpu_runtime.peers.compare import Table, Timed, Together
+from pareto_cpu_runtime.peers.compare import LONG_PROMPT, Table, Timed, Together
+from pareto_cpu_runtime.peers.compare import NEW as NEW_TOKENS
 from pareto_cpu_runtime.peers.geometry import Geometry
+from pareto_cpu_runtime.peers.loading import Loading
 
 
-def markdown(geometry: Geometry, tables: Sequence[Table], served: Sequence[Together] = ()) -> str:
+def markdown(geometry: Geometry, found: Sequence[Table | Together | Loading]) -> str:
     """Every table, one after the other."""
     lines = [
         f"# {geometry.name} with random weights, {geometry.layers} layers",
@@ -18,10 +20,9 @@ def markdown(geometry: Geometry, tables: Sequence[Table], served: Sequence[Toget
         "interval.",
         "",
     ]
-    for table in tables:
-        lines += [*one(table), ""]
-    for found in served:
-        lines += [*together(found), ""]
+    for each in found:
+        rows = one(each) if isinstance(each, Table) else together(each) if isinstance(each, Together) else loading(each)
+        lines += [*rows, ""]
     return "\n".join(lines)
 
 
@@ -69,6 +70,25 @@ def together(found: Together) -> list[str]:
                 f"| {name} | {count} | {1e3 * first:.1f} | {1e3 * rest / (found.new - 1):.2f} | "
                 f"{count * found.new / whole:.1f} | {ratios[0]} | {ratios[1]} |"
             )
+    return lines
+
+
+def loading(found: Loading) -> list[str]:
+    """A row per way to load."""
+    lines = [
+        f"## loading, {found.threads} thread{'s' * (found.threads > 1)}",
+        "",
+        "The file warm, libraries imported. Peaks above what the process held, cache taken off, over the weights' "
+        f"bytes; {NEW_TOKENS} tokens generated from {LONG_PROMPT}. Seconds: median and extremes.",
+        "",
+        "| group | file | weights, MiB | load, s | peak of loading | peak of generating |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    for case in found.cases:
+        seconds = [run["seconds"] for run in case.runs]
+        spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+        peaks = f"{case.peak('loading'):.2f} | {case.peak('generating'):.2f}"
+        lines.append(f"| {case.group} | {case.memory} | {case.runs[0]['weights'] / 2**20:.0f} | {spread} | {peaks} |")
     return lines
 
 
