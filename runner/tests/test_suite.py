@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from pareto_core import ParetoError, Result, RunSpec
+from pareto_core import ModelError, ParetoError, Result, RunSpec
 from pareto_runner import suite
 from pareto_runner.artifacts import Artifacts, clean
 from pareto_runner.benchfile import Choices, cases, read
 from pareto_runner.cli import main
 from pareto_runner.faults.stage import FILE
 from pareto_runner.faults.trials import strike_file
+from pareto_runner.faults.workload import FaultyTask
 from pareto_runner.isolate import ChildError
 from pareto_runner.journal import Journal
 from pareto_runner.plan import Past, Planned
@@ -102,6 +103,21 @@ def test_a_suite_end_to_end(tiny_file: Path, tmp_path: Path) -> None:
     assert again.heard.begun == []
     assert again.heard.reused == ["Full", "KronA"]
     assert again.results == [full, krona]
+
+
+def test_what_is_made_once_is_made_where_it_can_be_watched(
+    quick_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FaultyTask, "make_ready", lambda _, say: say("training the backbone: step 1 of 2"))
+    ran = run(quick_file, tmp_path / "results")
+    assert ran.heard.notes.count("training the backbone: step 1 of 2") == 1
+    assert "training the backbone: step 1 of 2" not in run(quick_file, tmp_path / "results").heard.notes
+
+    def fails(_: Any, say: Any) -> None:
+        raise ModelError("no space left")
+
+    monkeypatch.setattr(FaultyTask, "make_ready", fails)
+    assert [result.status for result in run(quick_file, tmp_path / "results", fresh=True).results] == ["ok", "ok"]
 
 
 def test_only_what_changed_runs_again(quick_file: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pareto_core import ModelError
+from pareto_core import ModelError, training_once
 from pareto_core.byte_llama import Recipe, tokenizer, untrained
 from pareto_core.training_once import fit, rate, run_command, save_whole, shuffled_windows, trained_once
 
@@ -19,20 +18,28 @@ SMALL = Recipe(width=16, layers=1, heads=2, kv_heads=1, inner=32, positions=32, 
 def test_one_process_trains_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     commands = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], *_: Any) -> None:
         commands.append(command)
         path = Path(command[-1])
         path.mkdir()
         (path / "config.json").write_text("{}")
-        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(training_once, "_run", run)
     path = tmp_path / "models" / "key"
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(lambda _: trained_once(path, "some.module", "the model", "small", "a moment"), range(8)))
     assert found == {path}
     assert commands == [[sys.executable, "-m", "some.module", "--model", "small", str(path)]]
     assert capsys.readouterr().err.count("training the model, once: a moment") == 1
+
+
+def test_progress_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_model.py").write_text("print('step 1 of 2')\nprint('step 2 of 2')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said: list[str] = []
+    trained_once(tmp_path / "key", "a_model", "the model", "small", "a moment", said.append)
+    assert said[0].startswith("training the model, once: a moment")
+    assert said[1:] == ["training the model: step 1 of 2", "training the model: step 2 of 2"]
 
 
 def test_a_training_that_fails_says_why(tmp_path: Path) -> None:

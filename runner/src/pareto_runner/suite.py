@@ -23,7 +23,7 @@ from pareto_core import ParetoError, Result, RunSpec, Target
 from pareto_core.cache import cache_directory, write_json
 from pareto_core.result import Status
 from pareto_runner.artifacts import Artifacts
-from pareto_runner.discover import make_target
+from pareto_runner.discover import make_target, make_task
 from pareto_runner.isolate import Child, ChildError, binding, environment, worker_command
 from pareto_runner.journal import Journal, JournalError
 from pareto_runner.machine import context, load, machine, packages_of
@@ -91,11 +91,21 @@ class Suite:
                 for _, specs in cases
                 for seed in dict.fromkeys(spec.seed for spec in specs)
             ]
-            self._start_deepspeed([item.spec for group in groups for item in group if item.standing is None])
+            missing = [item.spec for group in groups for item in group if item.standing is None]
+            self._make_ready(missing)
+            self._start_deepspeed(missing)
             for group in groups:
                 self._group(group)
             self._artifacts.trim()
         return self.results
+
+    def _make_ready(self, specs: Sequence[RunSpec]) -> None:
+        """Let tasks make what is made once, where it can be watched; what fails here fails again as a variant's row."""
+        reachable = {name for name in {spec.target for spec in specs} if make_target(name).probe().available}
+        tasks = {spec.task.canonical(): spec.task for spec in specs if spec.target in reachable}
+        for task in tasks.values():
+            with contextlib.suppress(ParetoError, ImportError):
+                make_task(task).make_ready(self._watcher.note)
 
     def _start_deepspeed(self, specs: Sequence[RunSpec]) -> None:
         """Let DeepSpeed compile what it needs for these runs, outside every timing."""

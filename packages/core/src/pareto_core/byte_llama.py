@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from pareto_core.library import library_path
 from pareto_core.task import Batch, Split
 from pareto_core.tasks.docstrings import EXCLUDED, split_of
 from pareto_core.tiny_gpt2 import topics
-from pareto_core.training_once import fit, run_command, save_whole, shuffled_windows, trained_once
+from pareto_core.training_once import fit, run_command, save_whole, shuffled_windows, to_standard_error, trained_once
 
 if TYPE_CHECKING:
     import torch
@@ -64,13 +64,14 @@ RECIPES = {BYTE_LLAMA: Recipe(), BYTE_LLAMA_LONG: Recipe(window=512, steps=3000,
 _MINUTES = {BYTE_LLAMA: "two to three minutes", BYTE_LLAMA_LONG: "some 25 minutes"}
 
 
-def byte_llama_path(name: str = BYTE_LLAMA) -> Path:
+def byte_llama_path(name: str = BYTE_LLAMA, say: Callable[[str], None] = to_standard_error) -> Path:
     """Directory of the trained model ``name`` of :data:`RECIPES` and its tokenizer; trains it where it is not there.
 
-    Processes that ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
+    ``say`` is told how far the training is. Processes that ask at once wait for the one that trains. Raises
+    :class:`ModelError` where training fails.
     """
     path = cache_directory() / name / revision(name)
-    return trained_once(path, "pareto_core.byte_llama", "the byte-level Llama", name, _MINUTES[name])
+    return trained_once(path, "pareto_core.byte_llama", "the byte-level Llama", name, _MINUTES[name], say)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pareto_core.config import Config
@@ -140,6 +140,9 @@ class Task(Config):
     def data_revision(self) -> dict[str, str]:
         """Hashes and versions of the data: results over different ones are not compared."""
         return {}
+
+    def make_ready(self, say: Callable[[str], None]) -> None:
+        """Make what is made once on a machine and kept, such as a backbone trained offline; ``say`` takes progress."""
 
     def relabel(self, records: Sequence[Record]) -> Self:
         """Return this task with its training labels taken from another run's ``records`` (pseudo-labels)."""

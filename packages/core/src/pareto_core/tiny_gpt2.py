@@ -17,7 +17,7 @@ import functools
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from pareto_core.backbones import TINY_GPT2
 from pareto_core.cache import cache_directory
 from pareto_core.library import corpus_hash, library_path, read_functions, split_functions
 from pareto_core.task import Batch
-from pareto_core.training_once import fit, run_command, save_whole, shuffled_windows, trained_once
+from pareto_core.training_once import fit, run_command, save_whole, shuffled_windows, to_standard_error, trained_once
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +51,14 @@ class Recipe:
     warmup: int = 40
 
 
-def tiny_gpt2_path(name: str = TINY_GPT2) -> Path:
+def tiny_gpt2_path(name: str = TINY_GPT2, say: Callable[[str], None] = to_standard_error) -> Path:
     """Directory of the trained model and its tokenizer; trains it first where it is not there.
 
-    Processes that ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
+    ``say`` is told how far the training is. Processes that ask at once wait for the one that trains. Raises
+    :class:`ModelError` where training fails.
     """
     path = cache_directory() / name / revision()
-    return trained_once(path, "pareto_core.tiny_gpt2", "the offline GPT-2", name, "two to three minutes")
+    return trained_once(path, "pareto_core.tiny_gpt2", "the offline GPT-2", name, "two to three minutes", say)
 
 
 @functools.cache

@@ -50,26 +50,43 @@ class Schedule(Protocol):
         ...
 
 
-def trained_once(path: Path, module: str, title: str, name: str, duration: str) -> Path:
+def to_standard_error(line: str) -> None:
+    """Print a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def trained_once(
+    path: Path, module: str, title: str, name: str, duration: str, say: Callable[[str], None] = to_standard_error
+) -> Path:
     """Return ``path``, the directory of the trained model ``name``; :func:`run_command` of ``module`` makes it.
 
-    Where it is made, ``title`` and ``duration`` go to standard error, and then the training's progress. Processes that
-    ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
+    Where it is made, ``say`` is told so, with ``title`` and ``duration``, and then how far the training is. Processes
+    that ask at once wait for the one that trains. Raises :class:`ModelError` where training fails.
     """
     if (path / "config.json").is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         if not (path / "config.json").is_file():
-            message = f"training {title}, once: {duration} on two idle cores; kept in {path}"
-            print(message, file=sys.stderr, flush=True)
-            # In a process of its own: random numbers and peak memory of this one stay as they are. What it prints goes
-            # to where this one's errors go; its errors are kept, for the message below.
-            command = [sys.executable, "-m", module, "--model", name, str(path)]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise ModelError(f"training {title} failed: {done.stderr.strip()[-500:]}")
+            say(f"training {title}, once: {duration} on two idle cores; kept in {path}")
+            _run([sys.executable, "-m", module, "--model", name, str(path)], title, say)
     return path
+
+
+def _run(command: list[str], title: str, say: Callable[[str], None]) -> None:
+    """Train in a process of its own: random numbers and peak memory of this one stay as they are."""
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            say(f"training {title}: {line.rstrip()}")
+        if process.wait():
+            errors.seek(0)
+            raise ModelError(f"training {title} failed: {errors.read().strip()[-500:]}")
 
 
 def save_whole(model: Any, tokenizer: Any, path: Path) -> None:

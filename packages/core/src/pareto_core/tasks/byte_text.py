@@ -12,11 +12,11 @@ import functools
 import hashlib
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pareto_core.backbones import BYTE_LLAMA, from_pretrained, revision
+from pareto_core.backbones import BYTE_LLAMA, from_pretrained, resolve, revision
 from pareto_core.byte_llama import END, read_texts, split_texts, text_hash, tokenizer, tokens_of
 from pareto_core.errors import DataError, ModelError
 from pareto_core.task import Batch, Metric, Record, Request, Split, Task, TaskSpec
@@ -179,6 +179,10 @@ class ByteText(Task):
         if len(text) < longest:
             raise DataError(f"task {self.name}: the test windows have {len(text)} bytes, a prompt needs {longest}")
         return prompt_requests(text, {"": self.prompt, "_long": self.long_prompt}, self.new_tokens)
+
+    def make_ready(self, say: Callable[[str], None]) -> None:
+        """Train the backbone, where it is one that is trained once."""
+        resolve(self.model, say)
 
     def data_revision(self) -> dict[str, str]:
         """Hash of the texts, the Python version that they belong to, and the model."""

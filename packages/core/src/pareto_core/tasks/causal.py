@@ -14,10 +14,10 @@ import functools
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pareto_core.backbones import from_pretrained, revision
+from pareto_core.backbones import from_pretrained, resolve, revision
 from pareto_core.errors import DataError, ModelError
 from pareto_core.task import Batch, Record, Request, Split, Task, TaskSpec
 from pareto_core.tasks.batching import pooled_order
@@ -257,6 +257,10 @@ class CausalGeneration(Task):
                 "generate", inputs, new_tokens=tokens, description="a text of median length after it, greedily"
             ),
         }
+
+    def make_ready(self, say: Callable[[str], None]) -> None:
+        """Train the backbone, where it is one that is trained once."""
+        resolve(self.model, say)
 
     def data_revision(self) -> dict[str, str]:
         """Hash over the items of every split, and the model."""
