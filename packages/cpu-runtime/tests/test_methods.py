@@ -86,6 +86,31 @@ def test_every_algorithm_keeps_what_the_model_knows(method: Int4, task: ByteText
     assert torch.equal(method.load(tmp_path)(input_ids=inputs).logits, deployed(input_ids=inputs).logits)
 
 
+def test_a_model_is_saved_where_another_is_in_use(task: ByteText, tmp_path: Path) -> None:
+    first, second = RTN(**QUICK), RTN(**QUICK, memory="map", bits=8)
+    first.save(made(first, task), tmp_path)
+    loaded = second.load(tmp_path)
+    inputs = next(iter(task.batches("test", 2, 0)))["input_ids"]
+    before = loaded(input_ids=inputs).logits
+    eight = made(second, task)
+    second.save(eight, tmp_path)
+    assert torch.equal(loaded(input_ids=inputs).logits, before)
+    assert torch.equal(second.load(tmp_path)(input_ids=inputs).logits, eight(input_ids=inputs).logits)
+
+
+def test_every_number_format_of_the_kernels_can_be_asked_for(task: ByteText) -> None:
+    from pareto_cpu_runtime._library import native
+
+    computes = {row[1] for row in native().kernels()}
+    here = {row[1] for row in native().kernels() if row[2] == "yes"}
+    assert "fp16" in computes
+    for compute in computes:
+        method = RTN.from_json({**QUICK, "compute": compute})
+        if compute not in here:
+            with pytest.raises(ConfigError, match="compute"):
+                made(method, task)
+
+
 def test_calibration_is_read_once_and_from_the_training_split(task: ByteText, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     batches = ByteText.batches

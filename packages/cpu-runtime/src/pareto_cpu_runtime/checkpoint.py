@@ -2,21 +2,24 @@
 
 A directory with
 
-* ``config.json``: the transformers configuration of the source model;
-* ``pareto_cpu_runtime.json``: the format's version, the shape and precision of each packed matrix, the recipe, and the
-  size and sha256 of the tensors' file;
+* ``config.json`` and ``generation_config.json``: the transformers configurations of the source model;
+* ``pareto_cpu_runtime.json``: the format's version, the shape and precision of each packed matrix, the recipe, the
+  size of the tensors' file, and the sha256 of every file and of itself;
 * ``model.safetensors``: each quantised matrix as one uint8 tensor ``<module>.packed`` in the panel layout of
   ``native/packed.h``, all other tensors in their dtype under their own names.
 
-A file that is truncated, altered or of another version raises :class:`DataError` with its name.
+A file that is truncated, altered or of another version raises :class:`DataError` with its name. Each file is put in
+its place whole, the manifest last: who reads while a model is written gets one model or an error, and who has one
+mapped keeps it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
-import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,71 +27,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from pareto_core.config import Config
-from pareto_core.errors import ConfigError, DataError, ModelError
+from pareto_core.errors import DataError, ModelError
 from pareto_cpu_runtime import panels
-from pareto_cpu_runtime.quantise.config import BITS
-from pareto_cpu_runtime.quantise.fusion import Fusion, Order, fuse, split
-from pareto_cpu_runtime.quantise.grid import store_bits
+from pareto_cpu_runtime.configs import (
+    CONFIG,
+    GENERATION,
+    generation_config_of,
+    read_config,
+    read_generation_config,
+)
+from pareto_cpu_runtime.manifest import FORMAT_VERSION, MANIFEST, TENSORS, Manifest, PackedMatrix, read_manifest, seal
+from pareto_cpu_runtime.quantise.fusion import Fusion, fuse, split
 from pareto_cpu_runtime.quantise.matrix import Matrices, QuantisedLinear, QuantisedModel
 from pareto_cpu_runtime.quantise.restore import build_model
-from pareto_cpu_runtime.tensor_file import Pending, file_sha256, map_tensors, write_tensors
+from pareto_cpu_runtime.tensor_file import Pending, map_open, staged, write_tensors
 
-FORMAT_VERSION = 1
-MANIFEST, TENSORS, CONFIG = "pareto_cpu_runtime.json", "model.safetensors", "config.json"
 SUFFIX = ".packed"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedMatrix(Config):
-    """One packed matrix: n outputs, k inputs in groups of ``group``; ``bits`` per code (3-bit codes lie in 4).
-
-    ``modules`` and ``rows`` say whose weights a fused matrix holds and how many outputs each has; empty if one only.
-    """
-
-    n: int
-    k: int
-    group: int
-    bits: int
-    asymmetric: bool
-    multiplier: float
-    modules: tuple[str, ...] = ()
-    rows: tuple[int, ...] = ()
-    order: Order = "concat"
-
-    def validate(self) -> None:
-        """Check ranges."""
-        for field in ("n", "k", "group"):
-            self.require(field, getattr(self, field) >= 1, "must be at least 1")
-        self.require("group", self.k % self.group == 0, f"must divide k = {self.k}")
-        self.require("bits", self.bits in BITS, "allowed: 3, 4 or 8")
-        self.require("multiplier", self.multiplier > 0, "must be above 0")
-        self.require("rows", len(self.rows) == len(self.modules), "must have a count per module")
-        self.require("rows", not self.rows or sum(self.rows) == self.n, f"must add up to n = {self.n}")
-
-    @property
-    def store_bits(self) -> int:
-        """Bits per code in the panels, 4 or 8."""
-        return store_bits(self.bits)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the panels."""
-        return panels.packed_bytes(self.n, self.k, self.group, self.store_bits, self.asymmetric)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest(Config):
-    """The contents of ``pareto_cpu_runtime.json``; ``shared`` maps names of tensors to those that they are one with."""
-
-    format_version: int
-    architecture: str
-    matrices: Mapping[str, PackedMatrix]
-    shared: Mapping[str, str]
-    left_out: tuple[str, ...]
-    recipe: Mapping[str, Any]
-    file_bytes: int
-    file_sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +54,7 @@ class PackedModel:
 
     directory: Path
     config: Any
+    generation_config: Any
     manifest: Manifest
     packed: Mapping[str, torch.Tensor]
     tensors: Mapping[str, torch.Tensor]
@@ -149,7 +104,7 @@ def save_packed(model: QuantisedModel, directory: Path, fusions: Sequence[Fusion
     A fusion whose matrices differ in precision, or of which one was left out, is stored apart.
     """
     source = model.config, model.architecture, model.matrices, model.tensors
-    write_packed(directory, *source, fusions, model.left_out, model.recipe)
+    write_packed(directory, *source, fusions, model.left_out, model.recipe, model.generation_config)
 
 
 def write_packed(
@@ -161,8 +116,12 @@ def write_packed(
     fusions: Sequence[Fusion] = (),
     left_out: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
+    generation_config: Any = None,
 ) -> None:
     """Write a packed model matrix by matrix: no more than one is packed at a time.
+
+    ``generation_config`` None is what transformers makes of ``config``. A model that lies in ``directory`` already may
+    be in use, and may be where ``matrices`` and ``tensors`` come from; it stays whole until this one is.
 
     Raises :class:`ModelError` naming a matrix whose scales are not finite or whose codes do not fit.
     """
@@ -173,9 +132,13 @@ def write_packed(
     for name in sorted(first_of.values(), key=lambda name: -tensors[name].element_size()):
         tensor = tensors[name]
         pending[name] = Pending(tensor.dtype, tuple(tensor.shape), functools.partial(tensors.__getitem__, name))
-    (directory / MANIFEST).unlink(missing_ok=True)
+    configs = {
+        CONFIG: _config_text(config, architecture),
+        GENERATION: generation_config_of(config, generation_config).to_json_string(),
+    }
     size, digest = write_tensors(directory / TENSORS, pending)
-    _write_config(config, architecture, directory)
+    for name, text in configs.items():
+        _write_text(directory / name, text)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         architecture=architecture,
@@ -185,10 +148,24 @@ def write_packed(
         recipe=dict(recipe or {}),
         file_bytes=size,
         file_sha256=digest,
+        configs={name: hashlib.sha256(text.encode()).hexdigest() for name, text in configs.items()},
+        sha256="",
     )
-    temporary = directory / f"{MANIFEST}.part"
-    temporary.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
-    os.replace(temporary, directory / MANIFEST)
+    values = manifest.to_json()
+    _write_text(directory / MANIFEST, json.dumps({**values, "sha256": seal(values)}, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with staged(path) as part:
+        part.write_bytes(text.encode())
+
+
+def copy_packed(source: Path, directory: Path) -> None:
+    """Copy the files of a packed directory to another, which is made if needed and may hold a model that is in use."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
+        with staged(directory / path.name) as part:
+            shutil.copyfile(path, part)
 
 
 def _plan(
@@ -264,10 +241,10 @@ def _shared(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[Any, str], dict[s
     return first_of, shared
 
 
-def _write_config(config: Any, architecture: str, directory: Path) -> None:
+def _config_text(config: Any, architecture: str) -> str:
     values = config.to_dict()
     values["architectures"] = [architecture]
-    (directory / CONFIG).write_text(json.dumps(values, indent=1, default=str) + "\n")
+    return json.dumps(values, indent=1, default=str) + "\n"
 
 
 def load_packed(directory: Path, check: bool = True) -> PackedModel:
@@ -277,35 +254,53 @@ def load_packed(directory: Path, check: bool = True) -> PackedModel:
     and shapes are compared. Raises :class:`DataError` with the name of the file that is missing or does not fit.
     """
     directory = Path(directory)
-    manifest = _read_manifest(directory / MANIFEST)
+    manifest = read_manifest(directory / MANIFEST)
+    for name, digest in manifest.configs.items():
+        _check_config(directory / name, digest)
     path = directory / TENSORS
-    if not path.is_file():
-        raise DataError(f"no {TENSORS} in {directory}")
-    if path.stat().st_size != manifest.file_bytes:
-        raise DataError(f"{path} has {path.stat().st_size} bytes, expected {manifest.file_bytes}: truncated or altered")
-    if check and file_sha256(path) != manifest.file_sha256:
-        raise DataError(f"{path} does not have the sha256 of {MANIFEST}: altered since it was written")
-    tensors = map_tensors(path)
+    tensors = _map_checked(path, manifest, check)
     packed = {name: _panels_of(path, tensors, name, entry, check) for name, entry in manifest.matrices.items()}
     for name, first in manifest.shared.items():
         if first not in tensors:
             raise DataError(f"{directory / MANIFEST}: {name} is one with {first!r}, which {TENSORS} does not hold")
         tensors[name] = tensors[first]
-    return PackedModel(directory, _read_config(directory), manifest, packed, tensors)
+    config = read_config(directory, _shapes(manifest.matrices, tensors))
+    generation = read_generation_config(directory, config)
+    return PackedModel(directory, config, generation, manifest, packed, tensors)
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _check_config(path: Path, digest: str) -> None:
     if not path.is_file():
-        raise DataError(f"no {MANIFEST} in {path.parent}: not a packed model")
+        raise DataError(f"no {path.name} in {path.parent}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise DataError(f"{path} does not have the sha256 of {MANIFEST}: altered since it was written")
+
+
+def _map_checked(path: Path, manifest: Manifest, check: bool) -> dict[str, torch.Tensor]:
+    """The tensors of the file; what is checked is what is mapped, even where another takes its place meanwhile."""
+    if not path.is_file():
+        raise DataError(f"no {TENSORS} in {path.parent}")
     try:
-        values = json.loads(path.read_text())
-        version = values["format_version"]
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}")
-        return Manifest.from_json(values)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        raise DataError(f"{path} is damaged ({reason})") from error
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size != manifest.file_bytes:
+                expected = f"expected {manifest.file_bytes}: truncated or altered"
+                raise DataError(f"{path} has {size} bytes, {expected}")
+            file.seek(0)
+            if check and hashlib.file_digest(file, "sha256").hexdigest() != manifest.file_sha256:
+                raise DataError(f"{path} does not have the sha256 of {MANIFEST}: altered since it was written")
+            return map_open(path, file)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _shapes(matrices: Mapping[str, PackedMatrix], tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by its name in the model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, entry in matrices.items():
+        for module, rows in zip(entry.modules or (name,), entry.rows or (entry.n,), strict=True):
+            shapes[f"{module}.weight"] = rows, entry.k
+    return shapes
 
 
 def _panels_of(path: Path, tensors: dict[str, Any], name: str, entry: PackedMatrix, check: bool) -> torch.Tensor:
@@ -321,22 +316,17 @@ def _panels_of(path: Path, tensors: dict[str, Any], name: str, entry: PackedMatr
     return data
 
 
-def _read_config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
-    path = directory / CONFIG
-    if not path.is_file():
-        raise DataError(f"no {CONFIG} in {directory}")
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
 def dequantise(directory: Path) -> Any:
     """Return the packed model as a transformers model in fp32, in evaluation mode: plain torch, no native module."""
     model = load_packed(directory)
+    return restore(model, model.linears())
+
+
+def restore(model: PackedModel, matrices: Mapping[str, QuantisedLinear]) -> Any:
+    """Return ``model``, unpacked to ``matrices``, in plain torch. Raises :class:`DataError` where its files do not fit
+    its architecture."""
     try:
-        return build_model(model.config, model.architecture, model.linears(), model.tensors)
-    except ModelError as error:
-        raise DataError(f"{model.directory}: the tensors do not fit the architecture: {error}") from error
+        return build_model(model.config, model.architecture, matrices, model.tensors, model.generation_config)
+    except Exception as error:  # transformers' classes raise anything for a config that makes no sense
+        reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{model.directory}: the tensors do not fit the architecture: {reason}") from error

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from pareto_core.errors import UnsupportedError
-from pareto_cpu_runtime.checkpoint import PackedModel, load_packed, save_packed
+from pareto_cpu_runtime.checkpoint import PackedModel, copy_packed, load_packed, restore, save_packed
 from pareto_cpu_runtime.families import FAMILIES, fusions
 from pareto_cpu_runtime.quantise.matrix import QuantisedLinear, QuantisedModel
-from pareto_cpu_runtime.quantise.restore import build_model
 from pareto_cpu_runtime.runtime import Runtime
 
 
@@ -34,6 +33,10 @@ class PackedFiles:
         known = getattr(model.config, "model_type", None) in FAMILIES
         save_packed(model, Path(own.name), fusions(model.config) if known else ())
         return cls(Path(own.name), own)
+
+    def copy_to(self, directory: Path) -> None:
+        """Copy the files to ``directory``; a model that lies there and is in use stays whole for who uses it."""
+        copy_packed(self.directory, directory)
 
 
 class DeployedRuntime:
@@ -103,7 +106,7 @@ class CodesLinear(nn.Module):
 def torch_model(packed: PackedModel, files: PackedFiles) -> Any:
     """Return the packed model as a transformers model in evaluation mode whose quantised layers hold codes."""
     matrices = packed.linears()
-    model = build_model(packed.config, packed.architecture, matrices, packed.tensors)
+    model = restore(packed, matrices)
     for name, matrix in matrices.items():
         parent, _, child = name.rpartition(".")
         bias = getattr(model.get_submodule(name), "bias", None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -53,7 +52,7 @@ class Serving(Method):
 
     engine: Literal["runtime", "torch"] = "runtime"
     kernel: str = "auto"
-    compute: Literal["", "int8", "fp32", "bf16"] = ""
+    compute: Literal["", "int8", "fp16", "fp32", "bf16"] = ""
     cache_dtype: Literal["fp32", "bf16", "int8"] = "bf16"
     max_length: int | None = None
     threads: int | None = None
@@ -111,7 +110,7 @@ class Serving(Method):
 
     def save(self, deployed: Any, directory: Path) -> None:
         """Write the packed directory (:mod:`pareto_cpu_runtime.checkpoint`)."""
-        shutil.copytree(deployed.files.directory, directory, dirs_exist_ok=True)
+        deployed.files.copy_to(Path(directory))
 
     def load(self, directory: Path) -> Any:
         """Load a packed directory as these fields say; raises DataError where files are missing or damaged."""

@@ -8,11 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from pareto_core.errors import DataError, ModelError
+from pareto_cpu_runtime.configs import (
+    CONFIG,
+    generation_config_of,
+    read_config,
+    read_generation_config,
+    read_json,
+)
+from pareto_cpu_runtime.families import model_name
 from pareto_cpu_runtime.matrix import PANEL, Dense, Matrix, Panels, Quantised
 
 if TYPE_CHECKING:
@@ -23,10 +31,11 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """A model's config and weights, by their names in the transformers state dict."""
+    """A model's config and weights, by their names in the transformers state dict; ``directory`` is None in memory."""
 
     config: Any
     generation_config: Any
+    directory: Path | None
 
     def matrix(self, module: str) -> Matrix:
         """The weight of the linear module of that name. Raises :class:`ModelError` if missing or not finite."""
@@ -45,11 +54,6 @@ class Source(Protocol):
         ...
 
 
-def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return int(tensor.numel() * tensor.element_size())
-
-
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether every value is a finite number, looked at in parts so that a large tensor needs no second one."""
     return all(bool(part.isfinite().all()) for part in tensor.split(1024))
@@ -66,6 +70,13 @@ def dense_of(tensor: torch.Tensor, name: str) -> Dense:
     return Dense(values=tensor.detach().float().contiguous().numpy())
 
 
+def dense_bytes(tensor: torch.Tensor) -> int:
+    """Bytes that :func:`dense_of` keeps of a tensor: two for each value of bf16, four for any other."""
+    import torch
+
+    return tensor.numel() * (2 if tensor.dtype == torch.bfloat16 else 4)
+
+
 def quantised_of(linear: Any) -> Quantised:
     """A ``QuantisedLinear`` in the form that is cut and packed here."""
     return Quantised(
@@ -79,7 +90,13 @@ def quantised_of(linear: Any) -> Quantised:
 
 
 class StateSource:
-    """Weights of a state dict, each matrix rounded to nearest when asked for, or (``precision`` None) as it is."""
+    """Weights of a state dict, each matrix rounded to nearest when asked for, or (``precision`` None) as it is.
+
+    Where groups do not divide a matrix's inputs it is refused, but for the precision that "int4" stands for
+    (``DEFAULT``), which any model is given: such a matrix then has one scale per output.
+    """
+
+    DEFAULT: ClassVar[dict[str, Any]] = {"bits": 4, "group_size": 32, "symmetric": True}
 
     def __init__(
         self,
@@ -87,8 +104,10 @@ class StateSource:
         state: Mapping[str, torch.Tensor],
         precision: Precision | None,
         generation_config: Any = None,
+        directory: Path | None = None,
     ) -> None:
-        self.config, self.generation_config = config, generation_config
+        self.config, self.directory = config, directory
+        self.generation_config = generation_config_of(config, generation_config)
         self._state, self._precision = state, precision
 
     def matrix(self, module: str) -> Matrix:
@@ -102,16 +121,23 @@ class StateSource:
             return dense_of(tensor, f"{module}.weight")
         from pareto_cpu_runtime.quantise.rtn import round_to_nearest
 
-        precision = self._fitting(tensor.shape[1])
+        precision = self._fitting(f"{module}.weight", tensor.shape[1])
         return quantised_of(round_to_nearest(tensor.detach(), precision, f"{module}.weight"))
 
-    def _fitting(self, inputs: int) -> Any:
-        """The precision, with one scale per output where groups do not divide the inputs."""
+    def _fitting(self, name: str, inputs: int) -> Precision:
+        """The precision, with one scale per output where the default's groups do not divide the inputs."""
         import dataclasses
 
-        if inputs % self._precision.group(inputs):  # type: ignore[union-attr]
-            return dataclasses.replace(self._precision, group_size="channel")  # type: ignore[arg-type,type-var]
-        return self._precision
+        precision = self._precision
+        assert precision is not None
+        if inputs % precision.group(inputs) == 0:
+            return precision
+        if precision.to_json() != self.DEFAULT:
+            raise ModelError(
+                f"{name} has {inputs} inputs, which groups of {precision.group_size} do not divide: take a group size "
+                'that divides them, or "channel"'
+            )
+        return dataclasses.replace(precision, group_size="channel")
 
     def panels(self, operator: Operator) -> None:
         """See :class:`Source`."""
@@ -122,23 +148,31 @@ class StateSource:
 
     def nbytes(self) -> int:
         """See :class:`Source`."""
-        share = 1.0
-        if self._precision is not None:
-            share = (self._precision.bits + 16 / self._precision.group(1 << 10)) / 32
-        total, seen = 0.0, set()
+        total, seen = 0, set()
         for name, tensor in self._state.items():
             if tensor.data_ptr() not in seen or tensor.device.type == "meta":
                 seen.add(tensor.data_ptr())
                 kept = tensor.dim() < 2 or "emb" in name or "wte" in name
-                total += tensor_bytes(tensor) if kept else tensor.numel() * 4 * share
-        return int(total)
+                total += dense_bytes(tensor) if kept or self._precision is None else self._rounded_bytes(tensor)
+        return total
+
+    def _rounded_bytes(self, tensor: torch.Tensor) -> int:
+        """Bytes of codes, scales and zero points."""
+        precision, inputs = self._precision, tensor.shape[-1]
+        assert precision is not None
+        group = precision.group(inputs) if inputs % precision.group(inputs) == 0 else inputs
+        codes = 4 if precision.bits <= 4 else 8
+        return int(tensor.numel() * (codes / 8 + (2 if precision.symmetric else 3) / group))
 
 
 class QuantisedSource:
     """Weights of a quantised model in memory."""
 
-    def __init__(self, model: Any, generation_config: Any = None) -> None:
-        self.config, self.generation_config = model.config, generation_config
+    directory = None
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.config
+        self.generation_config = generation_config_of(model.config, getattr(model, "generation_config", None))
         self._model = model
 
     def matrix(self, module: str) -> Matrix:
@@ -168,8 +202,9 @@ class QuantisedSource:
 class PackedSource:
     """Weights of a packed directory. What is stored as the runtime lays it out goes from the file as it is."""
 
-    def __init__(self, model: Any, mapped: bool, generation_config: Any = None) -> None:
-        self.config, self.generation_config = model.config, generation_config
+    def __init__(self, model: Any, mapped: bool) -> None:
+        self.config, self.generation_config = model.config, model.generation_config
+        self.directory: Path | None = model.directory
         self._model, self._mapped = model, mapped
         self._fused = {module: name for name, entry in model.matrices.items() for module in entry.modules}
 
@@ -206,7 +241,7 @@ class PackedSource:
             return quantised_of(linear)
         tensor = self.tensor(f"{module}.weight")
         if tensor is None:
-            raise ModelError(f"{self._model.directory}: the packed model has no {module}")
+            raise ModelError(f"the packed model has no {module}")
         return dense_of(tensor, f"{module}.weight")
 
     def tensor(self, name: str) -> torch.Tensor | None:
@@ -222,37 +257,27 @@ def read_packed(directory: Path, mode: str) -> PackedSource:
     """A packed directory, its hash and scales checked. Raises :class:`DataError` naming the file that does not fit."""
     from pareto_cpu_runtime.checkpoint import load_packed
 
-    return PackedSource(load_packed(directory), mode == "map", _generation_config(directory))
-
-
-def _generation_config(directory: Path) -> Any:
-    from transformers import GenerationConfig
-
-    if not (directory / "generation_config.json").exists():
-        return None
-    return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return PackedSource(load_packed(directory), mode == "map")
 
 
 def read_directory(directory: Path, precision: Precision | None) -> StateSource:
     """A transformers directory (config.json and safetensors), tensors mapped from the files, not read at once.
 
-    Raises :class:`DataError` naming the file that is missing or broken.
+    Raises :class:`DataError` naming the file that is missing or broken, or the config that the tensors do not fit.
     """
     from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{directory}: config.json cannot be read: {error}") from error
+    kind = str(read_json(directory / CONFIG).get("model_type"))
     state: dict[str, torch.Tensor] = {}
     for file in _weight_files(directory):
         try:
             with safe_open(file, framework="pt") as opened:
-                state.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+                names = {name: model_name(kind, name) for name in opened.keys()}  # noqa: SIM118
+                state.update({own: opened.get_tensor(name) for name, own in names.items()})
         except (SafetensorError, OSError) as error:
             raise DataError(f"{file}: not a whole safetensors file: {error}") from error
-    return StateSource(config, state, precision, _generation_config(directory))
+    config = read_config(directory, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    return StateSource(config, state, precision, read_generation_config(directory, config), directory)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -263,8 +288,8 @@ def _weight_files(directory: Path) -> list[Path]:
             raise DataError(f"{directory}: has neither model.safetensors nor model.safetensors.index.json")
         return [single]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{index}: not an index of safetensors files: {error}") from error
     files = [directory / name for name in names]
     for file in files:

@@ -2,18 +2,23 @@
 
 The header is padded so that tensors begin at a multiple of 64 bytes of the file; tensors follow each other without
 gaps, as the format asks. Other readers of safetensors read these files.
+
+A file is written beside its place and then put there whole: who has the old one mapped keeps it as it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -50,8 +55,25 @@ class Pending:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A name beside ``path``; the file written there takes the place of ``path`` at the end, unless the body fails.
+
+    A file that is truncated while it is mapped ends the process that reads it: none is written where it lies.
+    """
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Pending]) -> tuple[int, str]:
-    """Write the tensors in the order given; return the file's bytes and sha256."""
+    """Write the tensors in the order given; return the file's bytes and sha256.
+
+    The file is whole or not there; tensors may come from a mapping of the one that it replaces.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -63,7 +85,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Pending]) -> tuple[int, str]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with staged(path) as part, part.open("xb") as file:
         for chunk in _chunks(text, tensors.values()):
             digest.update(chunk)
             file.write(chunk)
@@ -88,12 +110,17 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size < 8:
-                raise DataError(f"{path} has {size} bytes: truncated")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return map_open(path, file)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def map_open(path: Path, file: BinaryIO) -> dict[str, torch.Tensor]:
+    """:func:`map_tensors` of the open ``file``; ``path`` is what errors call it."""
+    size = file.seek(0, 2)
+    if size < 8:
+        raise DataError(f"{path} has {size} bytes: truncated")
+    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     length = int.from_bytes(mapping[:8], "little")
     if length > min(size - 8, _HEADER_LIMIT):
         raise DataError(f"{path}: a header of {length} bytes in a file of {size}: truncated or damaged")
@@ -141,9 +168,3 @@ def _view(mapping: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, 
         return raw.view(dtype).view(shape)
     count = (last - first) // dtype.itemsize
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=start + first).view(shape)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -149,3 +149,40 @@ def test_the_most_sensitive_operators_are_left_out(model_of: Callable[..., Any],
         assert error == pytest.approx(float((seen[0] @ rounded.t() - plain).norm() / plain.norm()), rel=1e-3)
     left = QuantisationConfig(group_size="channel", leave_out=("lm_head",), leave_out_most_sensitive=2)
     assert set(quantise(model, tokens, left).left_out) == {"lm_head", ranked[0][0], ranked[1][0]}
+
+
+def test_calibration_is_asked_for_by_the_first_recipe_that_needs_it(
+    model_of: Callable[..., Any], tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    model = model_of("llama")
+    evaluate = Evaluation(model, tokens)
+    assert auto_quantize(model, evaluate, 1.0).best.recipe.method == "rtn"  # as the README calls it
+    calibrated = QuantisationConfig(method="gptq", group_size=32, samples=8, length=24)
+    recipes = [RECIPES[0], RECIPES[1], calibrated]
+    evaluate.calls = 0
+    with pytest.raises(DataError, match=r"gptq in groups of 32 needs calibration.*pass calibration=") as caught:
+        auto_quantize(model, evaluate, 0.0, recipes=recipes, directory=tmp_path)
+    assert "rtn in groups of channel lost" in str(caught.value)
+    assert "rtn in groups of 32 lost" in str(caught.value)
+    assert evaluate.calls == 3
+    # What was found is not looked for again once there is calibration.
+    result = auto_quantize(model, evaluate, 0.0, recipes=recipes, directory=tmp_path, calibration=tokens)
+    assert [trial.recipe for trial in result.trials] == recipes
+    assert evaluate.calls == 4
+    # Another calibration is another trial, of the calibrated recipe alone.
+    auto_quantize(model, evaluate, 0.0, recipes=recipes, directory=tmp_path, calibration=tokens.flip(0))
+    assert evaluate.calls == 5
+    with pytest.raises(DataError, match="needs calibration"):  # before the source is evaluated
+        auto_quantize(model, evaluate, 0.0, recipes=[calibrated])
+    assert evaluate.calls == 5
+
+
+def test_no_default_recipe_is_there_twice(model_of: Callable[..., Any]) -> None:
+    small = default_recipes(model_of("llama", layers=1, width=128), (32, 64))
+    assert len({recipe.canonical() for recipe in small}) == len(small)
+    assert [(r.group_size, r.leave_out_most_sensitive) for r in small[-2:]] == [(64, 0), (32, 1)]
+    last = default_recipes(model_of("llama", layers=4, width=128), (32, 64))[-2:]
+    assert [(r.method, r.group_size, r.leave_out_most_sensitive) for r in last] == [
+        ("autoround", 32, 1),
+        ("autoround", 32, 4),
+    ]

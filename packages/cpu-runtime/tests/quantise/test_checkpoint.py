@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,16 @@ from safetensors import safe_open
 
 from pareto_core.errors import DataError, ModelError
 from pareto_cpu_runtime import panels
-from pareto_cpu_runtime.checkpoint import MANIFEST, TENSORS, dequantise, load_packed, pack_matrix, save_packed
+from pareto_cpu_runtime.checkpoint import (
+    MANIFEST,
+    TENSORS,
+    dequantise,
+    load_packed,
+    pack_matrix,
+    save_packed,
+    write_packed,
+)
+from pareto_cpu_runtime.manifest import seal
 from pareto_cpu_runtime.quantise.config import Precision, QuantisationConfig
 from pareto_cpu_runtime.quantise.flow import quantise
 from pareto_cpu_runtime.quantise.fusion import Fusion, fuse, split
@@ -186,10 +197,19 @@ def test_packed_without_native_code(saved: Path) -> None:
     assert float(done.stdout) == float(dequantise(saved).lm_head.weight.detach().double().sum())
 
 
-def _edit_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def _edit_manifest(directory: Path, change: Callable[[dict[str, Any]], None], sealed: bool = True) -> None:
+    """Alter the manifest; ``sealed`` makes its hash fit again, so that what is altered must be found by itself."""
     values = json.loads((directory / MANIFEST).read_text())
     change(values)
-    (directory / MANIFEST).write_text(json.dumps(values))
+    (directory / MANIFEST).write_text(json.dumps({**values, "sha256": seal(values)} if sealed else values))
+
+
+def _edit_config(directory: Path, **changes: Any) -> None:
+    """Alter the config, with its hash."""
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    _edit_manifest(directory, lambda v: v["configs"].update({"config.json": digest}))
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 5000, -1])
@@ -214,7 +234,10 @@ def test_an_altered_file_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(format_version=2), "has format version 2; this release reads version 1"),
+        (
+            lambda v: v.update(format_version=1),
+            "has format version 1; this release reads version 2: pack the model again",
+        ),
         (lambda v: v.pop("format_version"), "is damaged"),
         (lambda v: v.pop("recipe"), "recipe"),
         (lambda v: v["matrices"]["lm_head"].update(n=128), r"lm_head\.packed is uint8 \[.*\], its matrix needs uint8"),
@@ -224,6 +247,7 @@ def test_an_altered_file_is_refused(saved: Path) -> None:
         (lambda v: v["matrices"].update(extra=v["matrices"]["lm_head"]), r"holds no extra\.packed"),
         (lambda v: v.update(shared={"a": "b"}), "is one with 'b'"),
         (lambda v: v.update(matrices=[]), "matrices"),
+        (lambda v: v.update(configs={}), "configs must name"),
     ],
 )
 def test_an_altered_manifest_is_refused(saved: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -231,6 +255,140 @@ def test_an_altered_manifest_is_refused(saved: Path, change: Callable[[dict[str,
     with pytest.raises(DataError, match=message) as caught:
         load_packed(saved)
     assert MANIFEST in str(caught.value) or TENSORS in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v["matrices"]["lm_head"].update(multiplier=2.0),
+        lambda v: v["recipe"].update(bits=8),
+        lambda v: v.update(sha256=""),
+        lambda v: v.pop("sha256"),
+    ],
+)
+def test_a_manifest_that_is_whole_but_altered_is_refused(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    _edit_manifest(saved, change, sealed=False)
+    with pytest.raises(DataError, match=rf"{MANIFEST} does not have the sha256 that it names"):
+        load_packed(saved, check=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_altered_configs_are_refused(saved: Path, name: str) -> None:
+    text = (saved / name).read_text()
+    (saved / name).write_text(text + " ")
+    with pytest.raises(DataError, match=f"{name} does not have the sha256"):
+        load_packed(saved, check=False)
+    (saved / name).unlink()
+    with pytest.raises(DataError, match=f"no {name} in"):
+        load_packed(saved, check=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, r"config\.json: num_hidden_layers = 1000000000: the weights allow 1 to"),
+        ({"num_hidden_layers": 1}, r"config\.json asks for 1 blocks, there are weights of 2"),
+        ({"num_hidden_layers": 3}, r"config\.json asks for 3 blocks, there are weights of 2"),
+        ({"num_hidden_layers": "two"}, r"config\.json"),
+        ({"num_attention_heads": 10**9}, r"num_attention_heads"),
+        ({"intermediate_size": 10**9}, r"intermediate_size"),
+        ({"num_key_value_heads": 3}, r"config\.json"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, r"config"),
+        ({"rope_parameters": "linear"}, r"config"),
+        ({"eos_token_id": "</s>"}, r"config\.json"),
+        ({"rms_norm_eps": "small"}, r"config\.json"),
+        ({"rms_norm_eps": 0.0}, r"config\.json.*epsilon"),
+        ({"max_position_embeddings": 0}, r"config\.json.*positions"),
+        ({"model_type": 3}, r"config\.json"),
+        ({"hidden_act": "tanh"}, r"config\.json.*hidden_act"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_names_its_file(
+    saved: Path, changes: dict[str, Any], message: str
+) -> None:
+    from pareto_cpu_runtime.runtime import Runtime
+
+    _edit_config(saved, **changes)
+    with pytest.raises(DataError, match=message) as caught:
+        Runtime.from_pretrained(saved)
+    assert str(saved) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", "", "null", '{"model_type": []}'])
+def test_a_config_that_is_none_names_its_file(saved: Path, text: str) -> None:
+    (saved / "config.json").write_text(text)
+    _edit_config_hash(saved)
+    with pytest.raises(DataError, match=r"config\.json"):
+        load_packed(saved)
+
+
+def _edit_config_hash(directory: Path) -> None:
+    digest = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    _edit_manifest(directory, lambda v: v["configs"].update({"config.json": digest}))
+
+
+def test_saving_where_a_model_is_in_use_leaves_it_whole(
+    model_of: Callable[..., Any], tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Another, smaller model takes the files' names; the mapped ones are those of the first for as long as it lives."""
+    from pareto_cpu_runtime.runtime import Runtime
+
+    save_packed(quantise(model_of("llama", width=128), config=G32), tmp_path)
+    runtimes = [Runtime.from_pretrained(tmp_path, memory=memory, threads=1) for memory in ("read", "map")]
+    before = [runtime(input_ids=tokens).logits for runtime in runtimes]
+    loaded = load_packed(tmp_path)
+    weight = loaded.linear("lm_head").codes.clone()
+    save_packed(quantise(model_of("llama", layers=1), config=G32), tmp_path)
+    after = [runtime(input_ids=tokens).logits for runtime in runtimes]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(loaded.linear("lm_head").codes, weight)
+    assert len(load_packed(tmp_path).matrices) == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", MANIFEST,
+    ]  # fmt: skip
+
+
+def test_a_model_may_be_written_where_its_tensors_come_from(model_of: Callable[..., Any], tmp_path: Path) -> None:
+    save_packed(quantise(model_of("llama"), config=G32), tmp_path)
+    first = load_packed(tmp_path)
+    expected = {name: tensor.clone() for name, tensor in first.tensors.items()}
+    write_packed(tmp_path, first.config, first.architecture, first.linears(), first.tensors, [QKV])
+    again = load_packed(tmp_path)
+    assert QKV.name in again.matrices
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_save_that_fails_leaves_the_old_model(model_of: Callable[..., Any], saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    quantised = quantise(model_of("llama", seed=1), config=G32)
+    bad = dataclasses.replace(quantised.matrices["lm_head"], scales=quantised.matrices["lm_head"].scales * math.nan)
+    matrices = {**quantised.matrices, "lm_head": bad}
+    with pytest.raises(ModelError, match="lm_head"):
+        save_packed(dataclasses.replace(quantised, matrices=matrices), saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    load_packed(saved)
+
+
+def test_half_of_another_model_is_refused(model_of: Callable[..., Any], saved: Path, tmp_path: Path) -> None:
+    """What a reader may meet between the weights' and the manifest's coming into place."""
+    other = tmp_path / "other"
+    save_packed(quantise(model_of("llama", seed=1), config=G32), other)
+    (other / TENSORS).replace(saved / TENSORS)
+    with pytest.raises(DataError, match="does not have the sha256"):
+        load_packed(saved)
+
+
+def test_the_generation_config_is_kept(model_of: Callable[..., Any], tmp_path: Path) -> None:
+    model = model_of("llama")
+    model.generation_config.eos_token_id = [7, 9]
+    model.generation_config.temperature = 0.5
+    quantised = quantise(model, config=G32)
+    save_packed(quantised, tmp_path)
+    for restored in (quantised.dequantise(), dequantise(tmp_path)):
+        assert restored.generation_config.eos_token_id == [7, 9]
+        assert restored.generation_config.temperature == 0.5
+    save_packed(dataclasses.replace(quantised, generation_config=None), tmp_path)
+    assert load_packed(tmp_path).generation_config.eos_token_id == model.config.eos_token_id == 2
 
 
 def test_missing_files_are_named(saved: Path, tmp_path: Path) -> None:
@@ -254,8 +412,6 @@ def test_another_architecture_is_refused(saved: Path) -> None:
 
 
 def test_scales_that_are_no_numbers_are_refused(model_of: Callable[..., Any], saved: Path) -> None:
-    from pareto_cpu_runtime.tensor_file import file_sha256
-
     tensors = map_tensors(saved / TENSORS)
     name = next(name for name in tensors if name.endswith(".packed"))
     tensors[name][:2] = torch.tensor([0, 0x7E], dtype=torch.uint8)  # fp16 NaN; the mapping is private
@@ -263,7 +419,7 @@ def test_scales_that_are_no_numbers_are_refused(model_of: Callable[..., Any], sa
     part = saved / "part"
     size, digest = write_tensors(part, pending)
     part.rename(saved / TENSORS)
-    assert digest == file_sha256(saved / TENSORS)
+    assert digest == hashlib.sha256((saved / TENSORS).read_bytes()).hexdigest()
     _edit_manifest(saved, lambda v: v.update(file_bytes=size, file_sha256=digest))
     with pytest.raises(DataError, match="hold NaN or infinite"):
         load_packed(saved)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pareto_core.errors import ConfigError, ModelError, UnsupportedError
+from pareto_core.errors import ConfigError, DataError, ModelError, ParetoError, UnsupportedError
 from pareto_cpu_runtime import matrix as matrices
 from pareto_cpu_runtime._library import native
 from pareto_cpu_runtime.families.description import Block, Decoder, Norm, Operator
@@ -54,10 +56,19 @@ class Builder:
         self.arena = Arena()
         self.weight_bytes = 0
         self.operators: dict[str, dict[str, Any]] = {}
-        self.table = self._rotary_table()
+        with _named(source):
+            self.table = self._rotary_table()
 
     def build(self) -> Built:
-        """Add every step and plan the memory."""
+        """Add every step and plan the memory.
+
+        Raises :class:`ModelError` for weights that do not fit the config or are not finite, :class:`DataError` where
+        the files' config cannot be followed at all; both name the files.
+        """
+        with _named(self.source):
+            return self._build()
+
+    def _build(self) -> Built:
         d, limits = self.decoder, self.limits
         cache = native().Cache(len(d.blocks), limits.slots, d.kv_heads, limits.length, d.head_dim, limits.cache_dtype)
         x = self.program.buffer(d.width)
@@ -199,18 +210,22 @@ class Builder:
         held, size = matrices.place(weight, self.arena)
         self.weight_bytes += size
         settings = self._norm_settings(norm, inputs[0])
-        chosen = self.program.linear(
-            held,
-            x,
-            y,
-            bias=self._bias(operator, outputs),
-            activation=operator.activation,
-            gated=operator.gated,
-            residual=residual,
-            kernel="auto" if isinstance(weight, matrices.Dense) else self.limits.kernel,
-            compute="" if isinstance(weight, matrices.Dense) else self.limits.compute,
-            **settings,
-        )
+        bias = self._bias(operator, outputs)
+        try:
+            chosen = self.program.linear(
+                held,
+                x,
+                y,
+                bias=bias,
+                activation=operator.activation,
+                gated=operator.gated,
+                residual=residual,
+                kernel="auto" if isinstance(weight, matrices.Dense) else self.limits.kernel,
+                compute="" if isinstance(weight, matrices.Dense) else self.limits.compute,
+                **settings,
+            )
+        except ValueError as error:
+            raise ModelError(f"{', '.join(dict.fromkeys(part.module for part in operator.parts))}: {error}") from error
         self.operators[operator.name] = {"kernel": chosen, **_format(weight), "bytes": size}
 
     def _expected_inputs(self, operator: Operator) -> tuple[int, int]:
@@ -264,6 +279,22 @@ class Builder:
         if not np.isfinite(values).all():
             raise ModelError(f"{name} has values that are not finite")
         return values
+
+
+@contextlib.contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Say which files an error is about, and let none through that names nothing."""
+    where = "" if source.directory is None else f"{source.directory}: "
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{where}{error}") from error
+    except ParetoError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        kind = DataError if where else ModelError
+        message = f"{where}its config does not make a decoder ({type(error).__name__}: {error})"
+        raise kind(message) from error
 
 
 def _format(weight: Matrix | Panels) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The loop of figure 3.1 of "Efficient LLM Inference on CPUs" (H. Shen, H. Chang, B. Dong, Y. Luo, H. Meng, 2023,
 https://arxiv.org/abs/2311.00502): quantise, evaluate, and go on to the next recipe while the loss is above the target.
 Every trial is a line of JSON in ``trials.jsonl`` of the directory; a trial that is there is not run again.
+Calibration is asked for by the first recipe that looks at activations, not before.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def default_recipes(model: Any, group_sizes: Sequence[int] = (128, 32)) -> list[
     """Return the recipes for ``model`` from cheap to dear.
 
     RTN at each group size, then GPTQ, AWQ and AutoRound at each, then AutoRound at the smallest with the most sensitive
-    operators left out. A group size that does not divide some operator's inputs is passed over.
+    operators left out. A group size that does not divide some operator's inputs is passed over. No recipe is there
+    twice: in a small model the shares that are left out may be the same operators.
     """
     inputs = {module.weight.shape[int(isinstance(module, torch.nn.Linear))] for module in operators(model).values()}
     sizes = [size for size in group_sizes if all(k % size == 0 for k in inputs)]
@@ -82,9 +84,8 @@ def default_recipes(model: Any, group_sizes: Sequence[int] = (128, 32)) -> list[
         QuantisationConfig(method=method, group_size=size) for method in ("gptq", "awq", "autoround") for size in sizes
     ]
     count = len(operators(model))
-    for share in _LEFT_OUT:
-        left = max(1, round(count * share))
-        recipes.append(QuantisationConfig(method="autoround", group_size=sizes[-1], leave_out_most_sensitive=left))
+    for left in dict.fromkeys(max(1, round(count * share)) for share in _LEFT_OUT):
+        recipes.append(QuantisationConfig(method="autoround", group_size=min(sizes), leave_out_most_sensitive=left))
     return recipes
 
 
@@ -104,10 +105,12 @@ def auto_quantize(
     ``evaluate`` scores a transformers model; where lower scores are better (perplexity, bits per byte) say
     ``higher_is_better=False``. With ``directory`` finished trials are kept, and not run again for the same model,
     calibration and recipe: the search goes on where it was broken off. ``evaluate`` itself is not part of what is
-    compared: take another directory for another evaluation. ``report`` is called after each trial.
+    compared: take another directory for another evaluation. ``report`` is called after each trial. ``calibration`` is
+    needed once the recipes that look at weights alone (RTN) have missed the target.
 
     Raises :class:`ConfigError` for a target outside 0 … 1 or no recipes, :class:`DataError` where a score is not a
-    number, the source's is 0, or the directory's trials are damaged.
+    number, the source's is 0, the directory's trials are damaged, or a recipe needs calibration and there is none; the
+    message then says what the recipes before it lost.
     """
     if not 0.0 <= max_relative_loss <= 1.0:
         raise ConfigError("auto_quantize", "max_relative_loss", max_relative_loss, "must be between 0 and 1")
@@ -115,7 +118,9 @@ def auto_quantize(
     if not tried:
         raise ConfigError("auto_quantize", "recipes", recipes, "must hold at least one")
     tokens = _tokens_once(calibration, tried, model)
-    journal = _Journal(directory, _fingerprint(model, tokens, higher_is_better))
+    if tokens is None and tried[0].calibrated:
+        raise _needs_calibration(tried[0], [])
+    journal = _Journal(directory, _fingerprint(model, higher_is_better), _tokens_fingerprint(tokens))
     source = journal.source_score()
     if source is None:
         source = _score(evaluate, model, "the source model")
@@ -125,10 +130,12 @@ def auto_quantize(
     trials: list[Trial] = []
     winner: tuple[Trial, QuantisedModel] | None = None
     for recipe in tried:
+        if recipe.calibrated and tokens is None:
+            raise _needs_calibration(recipe, trials)
         trial, quantised = journal.trial(recipe), None
         if trial is None:
             trial, quantised = _try(model, evaluate, tokens, recipe, source, higher_is_better)
-            journal.add({"trial": trial.to_json()})
+            journal.add_trial(trial)
         trials.append(trial)
         if report is not None:
             report(trial)
@@ -168,32 +175,56 @@ def _score(evaluate: Callable[[Any], float], model: Any, what: str) -> float:
     return score
 
 
+def _needs_calibration(recipe: QuantisationConfig, trials: Sequence[Trial]) -> DataError:
+    losses = [f"{trial.recipe.method} in groups of {trial.recipe.group_size} lost {trial.loss:.2%}" for trial in trials]
+    so_far = f" So far: {', '.join(losses)}." if losses else ""
+    return DataError(
+        f"the recipe {recipe.method} in groups of {recipe.group_size} needs calibration, and none is given: pass "
+        "calibration= a task, token numbers (rows, length) or batches of them, or recipes= that need none (a higher "
+        f"max_relative_loss may do as well).{so_far}"
+    )
+
+
 def _tokens_once(
     calibration: Calibration | None, recipes: Sequence[QuantisationConfig], model: Any
 ) -> torch.Tensor | None:
-    """The calibration as one tensor for the longest recipe: an iterator could be read but once."""
+    """The calibration as one tensor for the longest recipe: an iterator could be read but once. None where none is
+    given or none needed."""
     calibrated = [recipe for recipe in recipes if recipe.calibrated]
-    if not calibrated:
+    if not calibrated or calibration is None:
         return None
     most = max(calibrated, key=lambda recipe: recipe.samples * recipe.length)
     return calibration_tokens(calibration, most, model)
 
 
-def _fingerprint(model: Any, tokens: torch.Tensor | None, higher_is_better: bool) -> str:
-    """A hash of the weights, the calibration and the direction: trials of different ones are not mixed."""
+def _fingerprint(model: Any, higher_is_better: bool) -> str:
+    """A hash of the weights and the direction: trials of different ones are not mixed."""
     digest = hashlib.sha256(str(higher_is_better).encode())
-    for name, tensor in [*model.state_dict().items(), ("", torch.zeros(0) if tokens is None else tokens)]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.numel():
-            digest.update(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+    for name, tensor in model.state_dict().items():
+        _hash_into(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _tokens_fingerprint(tokens: torch.Tensor | None) -> str:
+    """A hash of the calibration, which trials of calibrated recipes are kept under; empty without one."""
+    if tokens is None:
+        return ""
+    digest = hashlib.sha256()
+    _hash_into(digest, "tokens", tokens)
+    return digest.hexdigest()
+
+
+def _hash_into(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    if tensor.numel():
+        digest.update(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 class _Journal:
     """``trials.jsonl``: lines of one model's search, written as they come; nothing where there is no directory."""
 
-    def __init__(self, directory: Path | None, fingerprint: str) -> None:
-        self.fingerprint = fingerprint
+    def __init__(self, directory: Path | None, fingerprint: str, calibration: str) -> None:
+        self.fingerprint, self.calibration = fingerprint, calibration
         self.path = None if directory is None else Path(directory) / TRIALS
         self.lines: list[dict[str, Any]] = []
         if self.path is not None and self.path.is_file():
@@ -221,11 +252,19 @@ class _Journal:
     def trial(self, recipe: QuantisationConfig) -> Trial | None:
         """The finished trial of ``recipe``, None where there is none."""
         for line in self.lines:
-            if "trial" in line:
+            if "trial" in line and line.get("calibration") == self._calibration_of(recipe):
                 trial = Trial.from_json(line["trial"])
                 if trial.recipe == recipe:
                     return trial
         return None
+
+    def _calibration_of(self, recipe: QuantisationConfig) -> str:
+        """What a trial depends on beside the model: nothing where the recipe looks at weights alone."""
+        return self.calibration if recipe.calibrated else ""
+
+    def add_trial(self, trial: Trial) -> None:
+        """Append a trial, with the calibration that it depends on."""
+        self.add({"calibration": self._calibration_of(trial.recipe), "trial": trial.to_json()})
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append a line, at once on disk; a line that was broken off is written over."""

@@ -34,9 +34,9 @@ def calibration_tokens(calibration: Calibration | None, config: QuantisationConf
     """
     if calibration is None:
         raise DataError(f"the method {config.method!r} needs calibration: a task, or token numbers (rows, length)")
-    length = min(config.length, getattr(model.config, "max_position_embeddings", None) or config.length)
+    length = min(config.length, _positions(model.config) or config.length)
     if isinstance(calibration, torch.Tensor) and calibration.dim() == 2 and 0 < calibration.shape[1] <= length:
-        rows = calibration[: config.samples].long()
+        rows = _whole(calibration[: config.samples])
     else:
         stream = _stream(calibration, config, length)
         length = min(length, len(stream))
@@ -72,10 +72,22 @@ def _tokens(batch: Any) -> torch.Tensor:
         if "input_ids" not in batch:
             raise DataError(f"a calibration batch has no input_ids; it has {', '.join(map(str, batch)) or 'nothing'}")
         batch, mask = batch["input_ids"], batch.get("attention_mask")
-    tokens = torch.as_tensor(batch)
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+    tokens = _whole(torch.as_tensor(batch))
+    return (tokens if mask is None else tokens[torch.as_tensor(mask).bool()]).reshape(-1)
+
+
+def _whole(tokens: torch.Tensor) -> torch.Tensor:
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise DataError(f"calibration tokens must be whole numbers, not {tokens.dtype}")
-    return (tokens if mask is None else tokens[torch.as_tensor(mask).bool()]).reshape(-1).long()
+    return tokens.long()
+
+
+def _positions(config: Any) -> int | None:
+    """The longest text of a model, under the names that transformers' configs have for it; None without such a limit.
+
+    MPT has a name of its own; transformers makes its ALiBi biases for so many tokens and no more.
+    """
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 @dataclasses.dataclass(frozen=True)

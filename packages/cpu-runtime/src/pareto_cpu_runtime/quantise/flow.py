@@ -202,8 +202,15 @@ def _assemble(
     tensors = {
         name: changed.get(name, tensor).detach() for name, tensor in model.state_dict().items() if name not in quantised
     }
-    architecture = type(model).__name__
-    return QuantisedModel(model.config, architecture, matrices, tensors, tuple(left_out), config.to_json())
+    return QuantisedModel(
+        config=model.config,
+        architecture=type(model).__name__,
+        matrices=matrices,
+        tensors=tensors,
+        left_out=tuple(left_out),
+        recipe=config.to_json(),
+        generation_config=getattr(model, "generation_config", None),
+    )
 
 
 def _free(model: Any, name: str) -> None:

@@ -11,7 +11,6 @@ Both hold, per operator of n outputs and k inputs, ``scales`` (groups, n) and, a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 
 from pareto_core.errors import DataError, ModelError, UnsupportedError
+from pareto_cpu_runtime.configs import CONFIG, check_sizes, read_generation_config, read_json
+from pareto_cpu_runtime.families import model_name
 from pareto_cpu_runtime.quantise.grid import code_range, multiplier_of
 from pareto_cpu_runtime.quantise.matrix import Matrices, QuantisedLinear, QuantisedModel
 from pareto_cpu_runtime.quantise.operators import output_embedding
@@ -48,22 +49,16 @@ def import_awq(directory: Path) -> QuantisedModel:
 def _import(
     directory: Path, method: str, matrix_of: Callable[[str, Tensors, dict[str, Any]], QuantisedLinear]
 ) -> QuantisedModel:
-    from transformers import AutoConfig
-
     values = _config(directory, method)
-    recipe = values.pop("quantization_config")
-    architecture = str((values.get("architectures") or [None])[0])
-    try:
-        config = AutoConfig.for_model(**values)
-        model_class(architecture)
-    except (ValueError, TypeError, ModelError) as error:
-        raise DataError(f"{directory / 'config.json'} cannot be read: {error}") from error
     tensors: Tensors = {}
     for path in sorted(directory.glob("*.safetensors")):
-        tensors.update(map_tensors(path))
+        named = map_tensors(path).items()
+        tensors.update({model_name(str(values.get("model_type")), name): tensor for name, tensor in named})
     names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     if not names:
         raise DataError(f"{directory} holds no safetensors with a quantised operator (*.qweight)")
+    config, architecture = _architecture(directory / CONFIG, values, tensors)
+    recipe = values["quantization_config"]
     matrices = Matrices()
     for name in names:
         parts = {part: tensors.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in tensors}
@@ -73,15 +68,30 @@ def _import(
         except (ModelError, RuntimeError, KeyError) as error:
             raise DataError(f"{directory}: the tensors of {name} do not fit each other: {error}") from error
     _share_head(config, architecture, matrices, tensors)
-    return QuantisedModel(config, architecture, matrices, tensors, (), {"imported": method, **recipe})
+    origin = {"imported": method, **recipe}
+    generation = read_generation_config(directory, config)
+    return QuantisedModel(config, architecture, matrices, tensors, (), origin, generation)
+
+
+def _architecture(path: Path, values: dict[str, Any], tensors: Tensors) -> tuple[Any, str]:
+    """The model's config and the name of its class."""
+    from transformers import AutoConfig
+
+    check_sizes(path, values, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    fields = {name: value for name, value in values.items() if name != "quantization_config"}
+    try:
+        architecture = str((fields.get("architectures") or [None])[0])
+        model_class(architecture)
+        return AutoConfig.for_model(**fields), architecture
+    except Exception as error:  # transformers' checks of a config raise whatever its classes do
+        reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} cannot be read: {reason}") from error
 
 
 def _config(directory: Path, method: str) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise DataError(f"no config.json in {directory}")
+    path = directory / CONFIG
+    values = read_json(path)
     try:
-        values = dict(json.loads(path.read_text()))
         recipe = dict(values["quantization_config"])
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} does not describe a quantised model ({type(error).__name__}: {error})") from error

@@ -141,7 +141,8 @@ class QuantisedModel:
 
     ``config`` is the transformers configuration, ``architecture`` the model's class in transformers, ``matrices`` the
     quantised weights by module name, ``tensors`` all others by their name in the model, ``left_out`` the operators that
-    were kept, ``recipe`` the quantisation's configuration as JSON.
+    were kept, ``recipe`` the quantisation's configuration as JSON, ``generation_config`` transformers' (None: what it
+    makes of ``config``).
     """
 
     config: Any
@@ -150,6 +151,7 @@ class QuantisedModel:
     tensors: Mapping[str, torch.Tensor]
     left_out: tuple[str, ...]
     recipe: Mapping[str, Any]
+    generation_config: Any = None
 
     @property
     def packed_bytes(self) -> int:
@@ -165,4 +167,4 @@ class QuantisedModel:
         """Return a transformers model in plain torch whose matrices are the quantised ones, in evaluation mode."""
         from pareto_cpu_runtime.quantise.restore import build_model
 
-        return build_model(self.config, self.architecture, self.matrices, self.tensors)
+        return build_model(self.config, self.architecture, self.matrices, self.tensors, self.generation_config)

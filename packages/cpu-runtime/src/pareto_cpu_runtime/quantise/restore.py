@@ -28,11 +28,13 @@ def build_model(
     architecture: str,
     matrices: Mapping[str, QuantisedLinear],
     tensors: Mapping[str, torch.Tensor],
+    generation_config: Any = None,
 ) -> Any:
     """Return a model in fp32, in evaluation mode, with the dequantised ``matrices`` and the other ``tensors``.
 
-    An output embedding that was quantised no longer shares its weight with the input's. Raises :class:`ModelError`
-    where names or shapes differ from the architecture's.
+    ``generation_config`` None leaves what transformers makes of ``config``. An output embedding that was quantised no
+    longer shares its weight with the input's. Raises :class:`ModelError` where names or shapes differ from the
+    architecture's.
     """
     config = copy.deepcopy(config)
     config.dtype = torch.float32
@@ -49,6 +51,8 @@ def build_model(
     if missing or unexpected:
         raise ModelError(f"{architecture}: missing weights {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
     _fill(model, matrices, tensors)
+    if generation_config is not None:
+        model.generation_config = copy.deepcopy(generation_config)
     return model.eval()
 
 
