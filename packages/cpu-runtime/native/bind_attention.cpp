@@ -113,45 +113,52 @@ void read_buffer(const Decoder& decoder, int buffer, Array<float, nb::ndim<2>> o
 }
 
 // One value for all rows, or one for each.
-template <typename Number>
-using PerRow = std::variant<Number, Array<const Number, nb::ndim<1>>>;
+template <typename Number, typename Element>
+using PerRow = std::variant<Number, Array<const Element, nb::ndim<1>>>;
+using Reals = PerRow<double, float>;
+using Counts = PerRow<int64_t, int32_t>;
 
-template <typename Number>
-Number value_of(const PerRow<Number>& values, size_t row) {
+template <typename Number, typename Element>
+Number value_of(const PerRow<Number, Element>& values, size_t row) {
   if (const Number* one = std::get_if<Number>(&values)) return *one;
-  return std::get<1>(values).data()[row];
+  return static_cast<Number>(std::get<1>(values).data()[row]);
 }
 
-template <typename Number>
-void check_rows(const PerRow<Number>& values, size_t rows, const char* what) {
+template <typename Number, typename Element>
+void check_rows(const PerRow<Number, Element>& values, size_t rows, const char* what) {
   if (const auto* array = std::get_if<1>(&values))
     require(array->size() == rows,
             std::string(what) + " must be one number, or one for each of the " + std::to_string(rows) + " rows");
 }
 
-void check_sampling(const Sampling& how, float random, size_t row) {
+void check_sampling(const Sampling& how, double random, size_t row) {
   const std::string of = " of row " + std::to_string(row) + " must be ";
-  require(how.temperature >= 0.0f && std::isfinite(how.temperature), "temperature" + of + "at least 0 and finite");
+  require(how.temperature >= 0.0 && std::isfinite(how.temperature), "temperature" + of + "at least 0 and finite");
   require(how.top_k >= 0, "top_k" + of + "at least 0 (0: all)");
-  require(how.top_p > 0.0f && how.top_p <= 1.0f, "top_p" + of + "above 0 and at most 1");
-  require(random >= 0.0f && random < 1.0f, "the random number" + of + "in [0, 1)");
+  require(how.top_p > 0.0 && how.top_p <= 1.0, "top_p" + of + "above 0 and at most 1");
+  require(how.min_p >= 0.0 && how.min_p <= 1.0, "min_p" + of + "from 0 to 1");
+  require(random >= 0.0 && random < 1.0, "the random number" + of + "in [0, 1)");
 }
 
 using Tokens = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
 
-Tokens sample_rows(Table logits, PerRow<float> temperature, PerRow<int32_t> top_k, PerRow<float> top_p,
-                   std::optional<Floats> random) {
+Tokens sample_rows(Table logits, const Reals& temperature, const Counts& top_k, const Reals& top_p, const Reals& min_p,
+                   const std::optional<Reals>& random) {
   const size_t rows = logits.shape(0), vocabulary = logits.shape(1);
   require(vocabulary > 0 || rows == 0, "logits must have at least one column");
   check_rows(temperature, rows, "temperature");
   check_rows(top_k, rows, "top_k");
   check_rows(top_p, rows, "top_p");
-  require(!random || random->size() == rows, "random must have a number for each row");
+  check_rows(min_p, rows, "min_p");
+  const auto* each = random ? std::get_if<1>(&*random) : nullptr;
+  require(!each || each->size() == rows, "random must have a number for each row");
   std::vector<Sampling> how(rows);
+  std::vector<double> numbers(rows, 0.0);
   for (size_t row = 0; row < rows; ++row) {
-    how[row] = {value_of(temperature, row), value_of(top_k, row), value_of(top_p, row)};
-    require(random || how[row].temperature == 0.0f, "sampling needs a random number for each row");
-    check_sampling(how[row], random ? random->data()[row] : 0.0f, row);
+    how[row] = {value_of(temperature, row), value_of(top_k, row), value_of(top_p, row), value_of(min_p, row)};
+    require(random || how[row].temperature == 0.0, "sampling needs a random number for each row");
+    if (random) numbers[row] = value_of(*random, row);
+    check_sampling(how[row], numbers[row], row);
   }
   auto* tokens = new std::vector<int32_t>(rows);
   nb::capsule owner(tokens, [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
@@ -159,10 +166,10 @@ Tokens sample_rows(Table logits, PerRow<float> temperature, PerRow<int32_t> top_
   Sampled reason = Sampled::ok;
   {
     nb::gil_scoped_release release;
-    std::vector<int32_t> order;
+    SamplingRoom room;
     for (size_t row = 0; row < rows && bad == rows; ++row) {
-      reason = sample(logits.data() + row * vocabulary, static_cast<int64_t>(vocabulary), how[row],
-                      random ? random->data()[row] : 0.0f, order, tokens->data() + row);
+      reason = sample(logits.data() + row * vocabulary, static_cast<int64_t>(vocabulary), how[row], numbers[row], room,
+                      tokens->data() + row);
       if (reason != Sampled::ok) bad = row;
     }
   }
@@ -188,10 +195,10 @@ void bind_attention(nb::module_& module, nb::class_<Decoder>& program) {
               "Rotates and appends the row first, at its position.");
   program.def("read", &read_buffer, "buffer"_a, "out"_a, "Copy the first rows of a buffer that the last step wrote.");
   module.def(
-      "sample", &sample_rows, "logits"_a, "temperature"_a = 0.0f, "top_k"_a = 0, "top_p"_a = 1.0f,
+      "sample", &sample_rows, "logits"_a, "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "min_p"_a = 0.0,
       "random"_a = nb::none(),
       "The next token of each row of logits (rows, vocabulary) as int32: the largest where temperature is 0, else "
-      "drawn by a uniform number in [0, 1) from what temperature, top_k and top_p leave. Each is one number or "
+      "drawn by a uniform number in [0, 1) from what temperature, top_k, top_p and min_p leave. Each is one number or "
       "one per row.");
 }
 

@@ -30,6 +30,10 @@ struct Epilogue {
   int64_t stride = 0;  // floats from a row of y to the next
 };
 
+// Inputs of a group at most where products of int8 are added up: 65536 * 255 * 127 is the last such sum that an int32
+// holds.
+constexpr int64_t kLongestInt8Group = 65536;
+
 // Rows that are prepared and multiplied together; the last tile may be narrower.
 constexpr int64_t kTileRows = 12;
 

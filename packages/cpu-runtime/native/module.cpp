@@ -1,6 +1,8 @@
 // The Python module: arrays come and go through DLPack, so any tensor library's do, and none is linked against.
 #include "module.h"
 
+#include <sched.h>
+
 #include <algorithm>
 
 #include "isa.h"
@@ -149,11 +151,14 @@ NB_MODULE(_native, module) {
   module.def("available", &available_names, "Names of the instruction sets that this processor and system offer.");
   module.def("kernels", &kernel_table, "Every compiled kernel, best first: name, compute type, whether it runs here.");
   nb::class_<Pool>(module, "Pool")
-      .def(nb::new_([](int threads, std::vector<int> cpus) {
-             if (threads < 1) throw nb::value_error("threads must be at least 1");
-             return std::make_shared<Pool>(threads, std::move(cpus));
+      .def(nb::new_([](int threads, std::vector<int> cpus, bool bind_caller) {
+             if (threads < 1 || threads > kMostThreads)
+               throw nb::value_error(("threads must be 1 to " + std::to_string(kMostThreads)).c_str());
+             if (std::any_of(cpus.begin(), cpus.end(), [](int cpu) { return cpu < 0 || cpu >= CPU_SETSIZE; }))
+               throw nb::value_error("cpus must be numbers of CPUs, 0 to 1023");
+             return std::make_shared<Pool>(threads, std::move(cpus), bind_caller);
            }),
-           "threads"_a, "cpus"_a = std::vector<int>{})
+           "threads"_a, "cpus"_a = std::vector<int>{}, "bind_caller"_a = false)
       .def_prop_ro("threads", &Pool::threads);
   nb::class_<Weight>(module, "Weight")
       .def_static("of", &weight_of, "data"_a, "n"_a, "k"_a, "group"_a, "bits"_a = 4, "asymmetric"_a = false,
@@ -168,6 +173,7 @@ NB_MODULE(_native, module) {
       "n"_a, "k"_a, "group"_a, "bits"_a = 4, "asymmetric"_a = false);
   module.def("pack", &pack_into, "codes"_a, "scales"_a, "zeros"_a.none(), "bits"_a, "out"_a);
   module.def("pack_dense", &pack_dense_into, "values"_a, "out"_a);
+  module.attr("MOST_THREADS") = kMostThreads;
   bind_program(module);
   bind_limits(module);
   module.def("multiply", &multiply, "pool"_a, "weight"_a, "x"_a, "y"_a, "kernel"_a = "auto", "compute"_a = "",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import tiny
 
-from pareto_core.errors import ConfigError, DataError, ModelError
+from pareto_core.errors import ConfigError, DataError, ModelError, UnsupportedError
 from pareto_cpu_runtime.batching import Engine, Request
 from pareto_cpu_runtime.runtime import Runtime
 from pareto_cpu_runtime.sampling import Sampling
@@ -95,6 +95,10 @@ def test_a_request_that_does_not_fit_is_refused_and_the_others_go_on(runtime):
         Request(tokens=[5] * 65, max_new_tokens=1),
         Request(tokens=[5, 99]),
         Request(tokens=[]),
+        Request(tokens=[[5, 6]]),
+        Request(tokens=[[5], [6, 7]]),
+        Request(tokens=5),
+        Request(tokens=[5.0]),
     ):
         with pytest.raises(DataError):
             engine.submit(bad)
@@ -104,19 +108,115 @@ def test_a_request_that_does_not_fit_is_refused_and_the_others_go_on(runtime):
     assert runtime.slots.free == 6
 
 
-def test_a_callback_that_fails_ends_its_request_only(runtime):
+def test_what_a_callback_raises_ends_its_request_and_is_raised_there_alone(runtime):
     engine = Engine(runtime)
 
-    def fail(token):
+    def fail(*_):
         raise KeyError("mine")
 
-    bad = engine.submit(Request(tokens=[5, 6], max_new_tokens=5), fail)
-    good = engine.submit(Request(tokens=[5, 6], max_new_tokens=5))
-    with pytest.raises(KeyError, match="mine"):
-        engine.step()
-    assert bad.finish_reason == "error"
+    asked = Request(tokens=[5, 6], max_new_tokens=5)
+    bad = engine.submit(asked, fail)
+    stopped = engine.submit(Request(tokens=[5, 6], max_new_tokens=5, stop=fail))
+    good = engine.submit(asked)
     assert len(good.result()) == 5
+    for handle in (bad, stopped):
+        assert handle.finish_reason == "error"
+        with pytest.raises(KeyError, match="mine"):
+            handle.result()
+        with pytest.raises(KeyError, match="mine"):
+            list(handle)
     assert runtime.slots.free == 6
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_interrupt_in_a_callback_leaves_the_others_what_they_get_alone(runtime, place):
+    asked = [request for request in requests(40, seed=6) if request.max_new_tokens > 4 and not request.stop_tokens][:3]
+    alone = Engine(runtime)
+    expected = [alone.submit(request).result() for request in asked]
+    engine = Engine(runtime)
+
+    def interrupt(token):
+        if len(handles[place].tokens) == 3:
+            raise KeyboardInterrupt
+
+    handles = [engine.submit(request, interrupt if i == place else None) for i, request in enumerate(asked)]
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.run()
+    for i, handle in enumerate(handles):
+        assert handle.tokens == (expected[i][:3] if i == place else expected[i])
+    assert handles[place].finish_reason == "error"
+    with pytest.raises(UnsupportedError, match="interrupted by KeyboardInterrupt"):
+        handles[place].result()
+    assert runtime.slots.free == 6
+
+
+def test_an_interrupt_in_the_model_changes_nothing(runtime, monkeypatch):
+    asked = requests(4, seed=8)
+    alone = Engine(runtime)
+    expected = [alone.submit(request).result() for request in asked]
+    engine, forward, calls = Engine(runtime), runtime.forward, []
+
+    def interrupted(*rows):
+        calls.append(1)
+        if len(calls) in (1, 4):
+            raise KeyboardInterrupt
+        return forward(*rows)
+
+    monkeypatch.setattr(runtime, "forward", interrupted)
+    handles = [engine.submit(request) for request in asked]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            engine.run()
+    engine.run()
+    assert [handle.tokens for handle in handles] == expected
+    assert runtime.slots.free == 6
+
+
+def test_a_model_that_fails_ends_the_batch_with_the_reason(runtime, monkeypatch):
+    engine, forward = Engine(runtime), runtime.forward
+
+    def fail(*_):
+        raise MemoryError("of the model")
+
+    handles = [engine.submit(request) for request in requests(8)]
+    monkeypatch.setattr(runtime, "forward", fail)
+    with pytest.raises(MemoryError, match="of the model"):
+        engine.step()
+    monkeypatch.setattr(runtime, "forward", forward)
+    engine.run()
+    ended = [handle for handle in handles if handle.finish_reason == "error"]
+    assert 1 <= len(ended) <= 6
+    for handle in ended:
+        with pytest.raises(UnsupportedError, match="could not be run: of the model"):
+            handle.result()
+    assert runtime.slots.free == 6
+
+
+def test_a_callback_may_run_requests_but_not_wait_for_its_own_step(runtime):
+    asked = Request(tokens=[5, 6], max_new_tokens=3)
+    expected = Engine(runtime).submit(asked).result()
+    engine, inner = Engine(runtime), []
+    outer = engine.submit(asked, lambda _: inner.append(engine.submit(asked).result()))
+    other = engine.submit(asked)
+    assert outer.result() == other.result() == expected
+    assert inner == [expected] * 3
+    engine = Engine(runtime)
+    first = engine.submit(asked, lambda _: second.result())
+    second = engine.submit(asked)
+    with pytest.raises(UnsupportedError, match="wait outside"):
+        first.result()
+    assert second.result() == expected
+    assert runtime.slots.free == 6
+
+
+def test_a_prompt_that_changes_after_it_was_submitted_counts_as_it_was(runtime):
+    text = np.array([5, 6, 7], dtype=np.int32)
+    expected = Engine(runtime).submit(Request(tokens=text)).result()
+    engine = Engine(runtime)
+    handle = engine.submit(Request(tokens=text))
+    text[:] = 500
+    assert handle.result() == expected
 
 
 def test_logits_that_are_not_finite_end_the_request_with_the_reason(runtime, monkeypatch):

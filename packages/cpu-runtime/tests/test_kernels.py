@@ -389,6 +389,23 @@ def test_the_best_kernel_is_chosen_and_can_be_overruled():
     assert "scalar" in HERE
 
 
+def test_groups_whose_sums_no_int32_holds_go_to_another_kernel():
+    int8 = [name for name in HERE if TABLE[name][0] == "int8"]
+    for k, fits in ((65536, True), (65540, False)):
+        codes, scales, zeros = np.full((1, k), 255, np.uint8), np.full((1, 1), 2**-14, np.float16), np.zeros((1, 1))
+        data = np.empty(_native.packed_bytes(1, k, k, 8, True), np.uint8)
+        _native.pack(codes, scales.view(np.uint16), zeros.astype(np.uint8), 8, data)
+        weight = _native.Weight.of(data, 1, k, k, 8, True)
+        x, y = np.ones((1, k), np.float32), np.empty((1, 1), np.float32)
+        for kernel in ("auto", *HERE):
+            if kernel in int8 and not fits:
+                with pytest.raises(ValueError, match=f"no kernel '{kernel}'"):
+                    _native.multiply(POOLS[1], weight, x, y, kernel)
+                continue
+            _native.multiply(POOLS[1], weight, x, y, kernel)
+            assert y[0, 0] == pytest.approx(255 * k * 2.0**-14, rel=0.01)
+
+
 def test_what_cannot_be_multiplied_is_refused():
     case = quantised(8, 8, 8)
     with pytest.raises(ValueError, match="no kernel 'avx1024'"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -56,6 +57,87 @@ def test_a_worker_that_dies_or_hangs_ends_the_call_with_an_error(tmp_path):
         with pytest.raises(WorkerError, match="closed"):
             runtime(input_ids=ids)
         assert runtime._workers[0].poll() is not None
+
+
+@needs_cpus
+def test_threads_that_call_together_get_what_they_get_alone(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    texts = [torch.randint(3, 99, (1, 40), generator=torch.Generator().manual_seed(s)) for s in range(2)]
+    with ParallelRuntime(tmp_path, timeout_s=30, max_rows=20) as runtime:
+        expected = [runtime(input_ids=text).logits for text in texts]
+        beams = runtime.generate(texts[0][:, :5], num_beams=2, max_new_tokens=8, eos_token_id=None)
+        equal: list[bool] = []
+
+        def score(number):
+            equal.extend(torch.equal(runtime(input_ids=texts[number]).logits, expected[number]) for _ in range(10))
+
+        threads = [threading.Thread(target=score, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):  # copies slots, too
+            got = runtime.generate(texts[0][:, :5], num_beams=2, max_new_tokens=8, eos_token_id=None)
+            equal.append(torch.equal(got, beams))
+        for thread in threads:
+            thread.join(timeout=120)
+    assert equal == [True] * 23
+
+
+@needs_cpus
+def test_every_process_computes_on_its_own_cpus(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    before = os.sched_getaffinity(0)
+    with ParallelRuntime(tmp_path) as runtime:
+        mine, theirs = (set(cpus) for cpus in runtime._sets)
+        runtime(input_ids=torch.randint(3, 99, (1, 5)))
+        pid, seen = runtime._workers[0].pid, set()
+        for task in os.listdir(f"/proc/{pid}/task"):
+            assert os.sched_getaffinity(int(task)) <= theirs
+        ids = torch.randint(3, 99, (1, 100))
+        caller = threading.Thread(target=lambda: [runtime(input_ids=ids) for _ in range(6)])
+        caller.start()
+        while caller.is_alive():
+            try:
+                seen.add(frozenset(os.sched_getaffinity(caller.native_id)))
+            except ProcessLookupError:  # it has ended meanwhile
+                break
+        assert any(cpus <= mine for cpus in seen)
+        assert not any(cpus <= theirs for cpus in seen)
+    assert os.sched_getaffinity(0) == before
+
+
+@needs_cpus
+def test_a_call_that_is_interrupted_never_gives_wrong_sums(tmp_path, monkeypatch):
+    tiny("llama").save_pretrained(tmp_path)
+    ids = torch.randint(3, 99, (1, 5))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with ParallelRuntime(tmp_path, timeout_s=10) as runtime:
+        monkeypatch.setattr(Runtime, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runtime(input_ids=ids)
+        monkeypatch.undo()
+        with pytest.raises(WorkerError, match=r"interrupted|exit"):
+            runtime(input_ids=ids)
+
+
+@needs_cpus
+def test_a_child_process_is_told_that_the_workers_are_its_parents(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    ids = torch.randint(3, 99, (1, 5))
+    with ParallelRuntime(tmp_path, timeout_s=10) as runtime:
+        expected = runtime(input_ids=ids).logits
+        child = os.fork()
+        if child == 0:
+            try:
+                runtime(input_ids=ids)
+            except WorkerError as error:
+                runtime.close()
+                os._exit(0 if "in its child" in str(error) else 3)
+            os._exit(4)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(runtime(input_ids=ids).logits, expected)
 
 
 @needs_cpus

@@ -170,7 +170,7 @@ def test_options_that_cannot_be_are_named(pair, options, message):
         ([[-1, 5]], None, "token -1"),
         ([[2**40, 5]], None, "outside any vocabulary"),
         ([[1.5, 5]], None, "integers"),
-        ([[]], None, "keep one run|at least one token"),
+        ([[]], None, r"shape \(1, 0\) hold no token"),
         ([[5, 6, 7]], [[1, 0, 1]], "one run"),
         ([[5, 6, 7]], [[0, 0, 0]], "one run"),
         ([[5, 6, 7]], [[1, 1]], "shape"),
@@ -189,6 +189,32 @@ def test_bad_input_is_refused(pair, ids, mask, message):
         with pytest.raises(DataError, match=message):
             runtime(input_ids=ids, attention_mask=mask)
     assert runtime.slots.free == 5
+
+
+def test_no_texts_are_refused(pair):
+    _, runtime = pair
+    none = torch.zeros(0, 5, dtype=torch.long)
+    for beams in (1, 2):
+        with pytest.raises(DataError, match=r"shape \(0, 5\) hold no token: give at least one text"):
+            runtime.generate(none, num_beams=beams, max_new_tokens=2)
+    with pytest.raises(DataError, match=r"shape \(0, 5\) hold no token"):
+        runtime(input_ids=none, labels=none)
+    assert runtime.slots.free == 5
+
+
+def test_stop_tokens_outside_the_vocabulary_ban_nothing(pair):
+    _, runtime = pair
+    options = {"max_new_tokens": 12, "pad_token_id": 0}
+    expected = runtime.generate(PROMPTS, MASK, eos_token_id=None, **options)
+    # The last token of the vocabulary is one that -1 must not stand for.
+    assert (
+        runtime.generate(torch.tensor([[98, 98]]), eos_token_id=[-1, 50256], min_new_tokens=3, **options).shape[1] == 14
+    )
+    for beams in (1, 3):
+        plain = runtime.generate(PROMPTS, MASK, eos_token_id=None, num_beams=beams, **options)
+        for foreign in (50256, 99, -1):
+            got = runtime.generate(PROMPTS, MASK, eos_token_id=foreign, min_new_tokens=12, num_beams=beams, **options)
+            assert torch.equal(got, plain if beams > 1 else expected)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gptj", "falcon"])
@@ -238,8 +264,10 @@ def test_a_model_larger_than_memory_is_refused_with_both_figures(monkeypatch):
     ("options", "message"),
     [
         ({"threads": 0}, "threads"),
+        ({"threads": 4096}, "threads = 4096: must be 1 to 1024"),
         ({"slots": 0}, "slots"),
         ({"max_length": -1}, "max_length"),
+        ({"max_length": 0}, "max_length = 0: must be at least 1"),
         ({"cache_dtype": "fp16"}, "cache_dtype"),
         ({"memory": "swap"}, "memory"),
         ({"precision": "int2"}, "precision"),

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from pareto_core.errors import ConfigError, ModelError
 from pareto_cpu_runtime import _native
+from pareto_cpu_runtime.sampling import Chooser, Sampling, processed
 
 
 def drawn(logits: torch.Tensor, draws: int, seed: int = 0, **how) -> torch.Tensor:
@@ -17,7 +20,7 @@ def drawn(logits: torch.Tensor, draws: int, seed: int = 0, **how) -> torch.Tenso
     return torch.bincount(torch.from_numpy(tokens).long(), minlength=logits.shape[-1])
 
 
-def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> torch.Tensor:
     """Probabilities as transformers' warpers leave them, in their order."""
     scores = logits[None].double()
     scores = TemperatureLogitsWarper(temperature)(None, scores)
@@ -25,6 +28,8 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(None, scores)
     return torch.softmax(scores, dim=-1)[0]
 
 
@@ -168,6 +173,8 @@ def test_a_row_that_allows_nothing_is_named():
         ({"temperature": 1.0, "top_p": 1.5}, "top_p of row 0"),
         ({"temperature": torch.tensor([0.0, 1.0, -1.0])}, "temperature of row 2"),
         ({"temperature": torch.ones(2)}, "temperature must be one number, or one for each of the 3 rows"),
+        ({"temperature": 1.0, "min_p": 1.5}, "min_p of row 0 must be from 0 to 1"),
+        ({"random": 1.0}, r"random number of row 0 must be in"),
         ({"random": torch.ones(3)}, r"random number of row 0 must be in \[0, 1\)"),
         ({"random": torch.zeros(2)}, "random must have a number for each row"),
         ({"temperature": 1.0, "random": None}, "sampling needs a random number"),
@@ -176,3 +183,62 @@ def test_a_row_that_allows_nothing_is_named():
 def test_settings_that_cannot_be(how, message):
     with pytest.raises(ValueError, match=message):
         _native.sample(torch.zeros(3, 8), **{"random": torch.zeros(3), **how})
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [*SETTINGS, (30.0, 0, 0.5), (0.05, 20, 0.9)])
+def test_a_seeds_tokens_are_the_first_whose_probabilities_exceed_its_numbers(temperature, top_k, top_p, min_p):
+    how = Sampling(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=11)
+    chooser, random = Chooser(how), np.random.Generator(np.random.Philox(11))
+    for number in range(60):
+        logits = normal(700, seed=number)
+        sums = warped(logits, temperature, top_k, top_p, min_p).cumsum(0).numpy()
+        expected = np.searchsorted(sums, random.random() * sums[-1], side="right")
+        assert chooser.choose(logits.numpy(), [], []) == expected
+
+
+def test_equals_on_the_edge_of_top_p_are_kept_as_in_transformers():
+    logits = torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0, 1.0])
+    want = warped(logits, 1.0, 0, 0.75) > 0
+    assert int(want.sum()) == 4
+    assert torch.equal(drawn(logits, 3000, temperature=1.0, top_p=0.75) > 0, want)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-40, 1e-50, 5e-324])
+@pytest.mark.parametrize("others", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_the_limit_of_a_small_temperature_is_greedy(temperature, others):
+    chooser = Chooser(Sampling(do_sample=True, temperature=temperature, **others))
+    for number in range(20):
+        logits = normal(300, seed=number).numpy() * 1000
+        assert chooser.choose(logits, [], []) == logits.argmax()
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300])
+def test_a_large_temperature_makes_all_alike_but_what_is_banned(temperature):
+    chooser = Chooser(Sampling(do_sample=True, temperature=temperature))
+    logits = normal(8).numpy()
+    got = np.bincount([chooser.choose(logits, [], [2, 5]) for _ in range(1200)], minlength=8)
+    assert not got[[2, 5]].any()
+    assert stats.chisquare(got[got > 0]).pvalue > 1e-3
+
+
+def test_temperatures_that_are_not_numbers_are_refused():
+    for temperature in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="temperature"):
+            Sampling(do_sample=True, temperature=temperature)
+
+
+def test_a_choice_without_any_token_is_an_error():
+    logits = normal(4).numpy()
+    with pytest.raises(ModelError, match="no token can be drawn: row 0 of the logits allows no token"):
+        Chooser(Sampling(do_sample=True)).choose(logits, [], range(4))
+    logits[1] = math.nan
+    for sampled in (True, False):
+        with pytest.raises(ModelError, match="not finite"):
+            Chooser(Sampling(do_sample=sampled)).choose(logits, [], [])
+
+
+def test_banned_tokens_outside_the_vocabulary_change_nothing():
+    logits = normal(6).numpy()
+    assert np.array_equal(processed(logits, [], [-1, 6, 50256], Sampling()), logits)
+    assert np.isneginf(processed(logits, [], [-1, 5, 6], Sampling())).tolist() == [False] * 5 + [True]

@@ -309,7 +309,7 @@ int64_t scratch_bytes(const Packed& w) {
   return kStrips * groups * w.quads() * 64 + groups * kPanel * 8 + kPassRows * kPanel * 4;
 }
 
-bool supports(const Packed& w) { return !w.dense(); }
+bool supports(const Packed& w) { return !w.dense() && w.group <= kLongestInt8Group; }
 
 }  // namespace
 

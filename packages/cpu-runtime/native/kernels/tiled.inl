@@ -343,12 +343,9 @@ void multiply(const Packed& w, const uint8_t* prepared, int64_t m, int64_t first
     return w.store == Store::f32 ? as(multiply_as<M, Store::f32, false>) : as(multiply_as<M, Store::bf16, false>);
 }
 
-// int8 sums are 32 bits wide, enough for groups of this size; no model's are as long.
-constexpr int64_t kLongestGroup = 65536;
-
 template <class M>
 bool supports(const Packed& w) {
-  return w.dense() ? M::kDense : !M::kStarts || w.group <= kLongestGroup;
+  return w.dense() ? M::kDense : !M::kStarts || w.group <= kLongestInt8Group;
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pareto_core.errors import ConfigError, DataError, ParetoError, UnsupportedError
+from pareto_core.errors import ConfigError, DataError, UnsupportedError
 from pareto_cpu_runtime.sampling import Chooser, Sampling
 
 if TYPE_CHECKING:
@@ -46,12 +46,13 @@ class Handle:
     def __init__(self, engine: Engine, request: Request, on_token: Callable[[int], None] | None) -> None:
         self.request = request
         self.tokens: list[int] = []
-        self.error: ParetoError | None = None
+        #: what ended the text where finish_reason is "error": a callback's own exception, or a ParetoError
+        self.error: Exception | None = None
         #: why the text ended: "stop", "length", "cancelled" or "error"; None while it goes on
         self.finish_reason: str | None = None
         self._engine, self._on_token = engine, on_token
         #: the prompt and the new tokens; the first ``_fed`` of them are in the cache
-        self._text = np.asarray(request.tokens, dtype=np.int32)
+        self._text = np.array(request.tokens, dtype=np.int32)
         self._fed = 0
         self._slot: int | None = None
         self._chooser = Chooser(request.sampling)
@@ -66,7 +67,10 @@ class Handle:
         self._engine._finish(self, "cancelled")
 
     def result(self) -> list[int]:
-        """Run the engine until this request is done, and return its new tokens. Raises its error where it has one."""
+        """Run the engine until this request is done, and return its new tokens.
+
+        Raises what ended this request: an exception of its own callbacks, or the model's or runtime's error.
+        """
         while not self.done and self._engine.step():
             continue
         if self.error is not None:
@@ -114,8 +118,10 @@ class Engine:
     def submit(self, request: Request, on_token: Callable[[int], None] | None = None) -> Handle:
         """Add a request; it joins as soon as a slot is free.
 
-        Raises :class:`DataError` for a prompt that is empty, holds a token outside the vocabulary, or leaves no room in
-        the cache for the tokens asked for: this request is refused, the others go on.
+        ``on_token`` is called with each token; what it or ``request.stop`` raises ends this request, and is raised by
+        its handle alone. Raises :class:`DataError` for a prompt that is empty, not one row of integers, holds a token
+        outside the vocabulary, or leaves no room in the cache for the tokens asked for: this request is refused, the
+        others go on.
         """
         self._check(request)
         handle = Handle(self, request, on_token)
@@ -127,17 +133,25 @@ class Engine:
         runtime = self._runtime
         if request.max_new_tokens < 1:
             raise ConfigError("Request", "max_new_tokens", request.max_new_tokens, "must be at least 1")
-        runtime.check_tokens(np.asarray(request.tokens))
+        try:
+            tokens = np.asarray(request.tokens)
+        except ValueError as error:
+            raise DataError(f"a prompt must be one row of tokens: {error}") from error
+        runtime.check_tokens(tokens)
         # The last token is chosen, not fed: it takes no place in the cache.
-        needed = len(request.tokens) + request.max_new_tokens - 1
+        needed = len(tokens) + request.max_new_tokens - 1
         if needed > runtime.max_length:
             raise DataError(
-                f"{len(request.tokens)} prompt tokens and {request.max_new_tokens} new ones do not fit the cache of "
+                f"{len(tokens)} prompt tokens and {request.max_new_tokens} new ones do not fit the cache of "
                 f"{runtime.max_length} tokens: shorten the request or make the runtime with a larger max_length"
             )
 
     def step(self) -> bool:
-        """Run one call; returns whether any request was there to be served."""
+        """Run one call; returns whether any request was there to be served.
+
+        What interrupts a step, such as Ctrl-C, leaves the requests as they were before it, but for one whose callback
+        it came from: that one ends.
+        """
         with self._lock:
             self._admit()
             if not self._running:
@@ -163,24 +177,36 @@ class Engine:
 
     def _run_once(self) -> None:
         feeds = self._plan()
+        if not feeds:
+            raise UnsupportedError("a callback waits for requests of the very step that it is called in: wait outside")
+        try:
+            ready, logits = self._forward(feeds)
+        except Exception as error:
+            failure = f"the batch that this request was in could not be run: {error}"
+            for handle, _, _ in feeds:
+                self._finish(handle, "error", UnsupportedError(failure))
+            raise
+        for handle, _, end in feeds:
+            handle._fed = end
+        try:
+            for row, handle in enumerate(ready):
+                self._advance(handle, logits[row])
+        except BaseException:
+            # Those that have not got their token yet feed their last one again.
+            for handle in ready:
+                handle._fed = min(handle._fed, len(handle._text) - 1)
+            raise
+
+    def _forward(self, feeds: list[tuple[Handle, int, int]]) -> tuple[list[Handle], NDArray[np.float32]]:
+        """Run what is fed; returns the requests whose whole text is in the cache now, and their logits."""
         tokens = np.concatenate([handle._text[start:end] for handle, start, end in feeds])
         sizes = [end - start for _, start, end in feeds]
         slots = np.repeat(np.array([handle._slot for handle, _, _ in feeds], dtype=np.int32), sizes)
         positions = np.concatenate([np.arange(start, end, dtype=np.int32) for _, start, end in feeds])
         ends = np.cumsum(sizes) - 1
-        ready = [index for index, (handle, _, end) in enumerate(feeds) if end == len(handle._text)]
-        try:
-            logits = self._runtime.forward(tokens, slots, positions, ends[ready].astype(np.int32))
-        except Exception:
-            for handle, _, _ in feeds:
-                self._finish(handle, "error", UnsupportedError("the batch that this request was in could not be run"))
-            raise
-        for handle, _, end in feeds:
-            handle._fed = end
-        failures = [self._advance(feeds[index][0], logits[row]) for row, index in enumerate(ready)]
-        for failure in failures:
-            if failure is not None:
-                raise failure
+        whole = [index for index, (handle, _, end) in enumerate(feeds) if end == len(handle._text)]
+        logits = self._runtime.forward(tokens, slots, positions, ends[whole].astype(np.int32))
+        return [feeds[index][0] for index in whole], logits
 
     def _plan(self) -> list[tuple[Handle, int, int]]:
         """What each request feeds: (handle, first, last) of its tokens. Those under way come first."""
@@ -195,24 +221,23 @@ class Engine:
                 room -= size
         return feeds
 
-    def _advance(self, handle: Handle, logits: NDArray[np.float32]) -> Exception | None:
-        """Give the request its next token; returns what its callbacks raised, when all others have theirs."""
+    def _advance(self, handle: Handle, logits: NDArray[np.float32]) -> None:
+        """Give the request its next token; what its callbacks raise ends it, and is kept for its handle."""
         if handle.done:
-            return None
+            return
         try:
             reason = handle._take(logits)
-        except ParetoError as error:
-            self._finish(handle, "error", error)
-            return None
         except Exception as error:
-            self._finish(handle, "error", UnsupportedError(f"the request's callback failed: {error}"))
-            return error
+            self._finish(handle, "error", error)
+            return
+        except BaseException as error:
+            self._finish(handle, "error", UnsupportedError(f"interrupted by {type(error).__name__}"))
+            raise
         handle._text = np.append(handle._text, np.int32(handle.tokens[-1]))
         if reason is not None:
             self._finish(handle, reason)
-        return None
 
-    def _finish(self, handle: Handle, reason: str, error: ParetoError | None = None) -> None:
+    def _finish(self, handle: Handle, reason: str, error: Exception | None = None) -> None:
         with self._lock:
             if handle.done:
                 return

@@ -1,11 +1,13 @@
 """A runtime over several processes: each computes a part of every matrix, and their sums meet in shared memory.
 
 This process is rank 0: it has the head, chooses the tokens, and tells the workers which rows to run. A worker that
-dies or hangs ends the call with an error, never with a wait.
+dies or hangs ends the call with an error, never with a wait. Each process computes on CPUs of its own alone: the thread
+that calls rank 0 is bound to rank 0's for the time of each call of the native program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -13,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ from pareto_core.errors import ConfigError, ParetoError, UnsupportedError
 from pareto_cpu_runtime import memory
 from pareto_cpu_runtime._library import native
 from pareto_cpu_runtime.families.build import Builder, Built, Limits
+from pareto_cpu_runtime.pool import bound_to, made_pool
 from pareto_cpu_runtime.runtime import INT4, Runtime, open_source
 from pareto_cpu_runtime.shard import cpu_sets, shard
 
@@ -40,7 +44,11 @@ class WorkerError(ParetoError, RuntimeError):
 
 
 class ParallelRuntime(Runtime):
-    """A :class:`Runtime` whose matrices are split over ``ranks`` processes; a context manager, to be closed."""
+    """A :class:`Runtime` whose matrices are split over ``ranks`` processes; a context manager, to be closed.
+
+    Several threads may call it; one call of the native program runs at a time. It works in the process that made it: a
+    child process (fork) gets :class:`WorkerError`.
+    """
 
     def __init__(
         self,
@@ -70,6 +78,9 @@ class ParallelRuntime(Runtime):
         self.ranks, self._timeout_s = ranks, timeout_s
         self._workers: list[subprocess.Popen[bytes]] = []
         self._closing = False
+        # What the workers are told and what this process runs must come in the same order in all of them.
+        self._calls = threading.RLock()
+        self._owner = os.getpid()
         self._sets = cpu_sets(memory.cpus(), sockets(), ranks)
         self._settings = {
             "directory": str(Path(directory).resolve()),
@@ -94,6 +105,9 @@ class ParallelRuntime(Runtime):
             self.close()
             raise
 
+    def _pool(self) -> Any:
+        return made_pool(self.threads, self._sets[0], bind_caller=True)
+
     def _build(self, source: Source, pool: Any, limits: Limits) -> Built:
         floats = limits.max_rows * self.decoder.width
         size = int(native().exchange_bytes(self.ranks, floats))
@@ -106,7 +120,6 @@ class ParallelRuntime(Runtime):
         self._exchange = exchange_on(self._shared, self.ranks, 0, floats, self._timeout_s)
         for worker in self._workers:
             threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
-        pool = native().Pool(len(self._sets[0]), self._sets[0])
         return Builder(parts[0], source, pool, limits, exchange=self._exchange).build()
 
     def _watch(self, worker: subprocess.Popen[bytes]) -> None:
@@ -130,17 +143,31 @@ class ParallelRuntime(Runtime):
         logits: NDArray[np.float32],
     ) -> None:
         # One call's rows at a time: a worker that hangs is noticed before the pipe to it is full.
-        self._tell(HEADER.pack(RUN, len(tokens), 0, 0) + np.stack([tokens, slots, positions]).tobytes())
-        super()._run(tokens, slots, positions, want, logits)
-        self._require_alive()
+        with self._together(HEADER.pack(RUN, len(tokens), 0, 0) + np.stack([tokens, slots, positions]).tobytes()):
+            super()._run(tokens, slots, positions, want, logits)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See :meth:`Runtime.copy_slot`."""
-        self._tell(HEADER.pack(COPY, source, target, tokens))
-        super().copy_slot(source, target, tokens)
+        with self._together(HEADER.pack(COPY, source, target, tokens)):
+            super().copy_slot(source, target, tokens)
+
+    @contextlib.contextmanager
+    def _together(self, message: bytes) -> Iterator[None]:
+        """The block is this process's part of what ``message`` tells the workers; no other call comes between."""
+        if os.getpid() != self._owner:
+            raise WorkerError(f"a runtime of process {self._owner} cannot run in its child: make a new one here")
+        with self._calls:
+            self._require_alive()
+            try:
+                self._tell(message)
+                yield
+            except BaseException:
+                # The workers do their part of this call nevertheless: their next sums would be of other rows.
+                self._exchange.stop()
+                raise
+            self._require_alive()
 
     def _tell(self, message: bytes) -> None:
-        self._require_alive()
         try:
             for worker in self._workers:
                 assert worker.stdin is not None
@@ -156,11 +183,19 @@ class ParallelRuntime(Runtime):
         if self._exchange.stopped:
             ended = [f"{rank}: exit {w.poll()}" for rank, w in enumerate(self._workers, 1) if w.poll() is not None]
             self.close()
-            reason = f"ended ({', '.join(ended)})" if ended else f"did not answer within {self._timeout_s} s"
+            silent = f"did not answer within {self._timeout_s} s, or a call of it was interrupted"
+            reason = f"ended ({', '.join(ended)})" if ended else silent
             raise WorkerError(f"a process of the parallel runtime {reason}; make a new runtime")
 
     def close(self) -> None:
-        """End the workers. A closed runtime cannot run."""
+        """End the workers, once the call that runs has ended. A closed runtime cannot run."""
+        if os.getpid() != self._owner:  # a child process's copy: the workers are its parent's
+            self._closing = True
+            return
+        with self._calls:
+            self._close()
+
+    def _close(self) -> None:
         if self._closing:
             return
         self._closing = True
@@ -185,17 +220,19 @@ class ParallelRuntime(Runtime):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_closing"):
+        if hasattr(self, "_owner"):
             self.close()
 
 
 def _start(settings: dict[str, Any], shared: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pareto_cpu_runtime.parallel", str(shared), json.dumps(settings)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pass_fds=(shared,),
-    )
+    # Started on its CPUs, so that the threads of the libraries that it imports are bound to them, too.
+    with bound_to(settings["cpus"]):
+        return subprocess.Popen(
+            [sys.executable, "-m", "pareto_cpu_runtime.parallel", str(shared), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(shared,),
+        )
 
 
 def exchange_on(shared: int, ranks: int, rank: int, floats: int, timeout_s: float) -> Any:
@@ -217,7 +254,6 @@ def sockets() -> dict[int, int]:
 
 def serve(shared: int, settings: dict[str, Any]) -> None:
     """What a worker does: load its part, say so, and run what it is told until its input ends."""
-    os.sched_setaffinity(0, settings["cpus"])
     limits = Limits(**settings["limits"])
     ranks, rank = settings["ranks"], settings["rank"]
     exchange = exchange_on(shared, ranks, rank, settings["floats"], settings["timeout_s"])
@@ -225,7 +261,7 @@ def serve(shared: int, settings: dict[str, Any]) -> None:
     from pareto_cpu_runtime.families import describe
 
     decoder = shard(describe(source.config), rank, ranks)
-    pool = native().Pool(len(settings["cpus"]), settings["cpus"])
+    pool = made_pool(len(settings["cpus"]), settings["cpus"], bind_caller=True)
     built = Builder(decoder, source, pool, limits, exchange=exchange, head=False).build()
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()

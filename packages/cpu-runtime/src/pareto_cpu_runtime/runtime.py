@@ -12,10 +12,10 @@ import numpy as np
 
 from pareto_core.errors import ConfigError, DataError, ModelError
 from pareto_cpu_runtime import memory
-from pareto_cpu_runtime._library import native
 from pareto_cpu_runtime.families import describe
 from pareto_cpu_runtime.families.build import Builder, Built, Limits, check_limits
 from pareto_cpu_runtime.memory import MemoryPlan
+from pareto_cpu_runtime.pool import made_pool, thread_count
 from pareto_cpu_runtime.slots import Slots
 
 if TYPE_CHECKING:
@@ -53,17 +53,20 @@ class Runtime:
     ) -> None:
         self.config, self.generation_config = source.config, source.generation_config
         self.decoder = describe(source.config)
-        length = max_length or min(self.decoder.positions, DEFAULT_LENGTH)
+        length = min(self.decoder.positions, DEFAULT_LENGTH) if max_length is None else max_length
         limits = Limits(
             max_rows=max_rows, slots=slots, length=length, cache_dtype=cache_dtype, kernel=kernel, compute=compute
         )
         check_limits(limits)
         memory.require_memory(estimate(self.decoder, source, limits))
         self.threads = thread_count(threads)
-        pool = native().Pool(self.threads, memory.cpus()[: self.threads])
-        self._built = self._build(source, pool, limits)
+        self._built = self._build(source, self._pool(), limits)
         self.max_length, self.max_rows, self.limits = length, max_rows, limits
         self.slots = Slots(slots)
+
+    def _pool(self) -> Any:
+        """Threads on all CPUs that this process may use: each bound to one where there are as many as threads."""
+        return made_pool(self.threads, memory.cpus())
 
     def _build(self, source: Source, pool: Any, limits: Limits) -> Built:
         return Builder(self.decoder, source, pool, limits).build()
@@ -86,14 +89,15 @@ class Runtime:
         """Make a runtime of a packed directory, a transformers directory or model, or a ``QuantisedModel``.
 
         Weights that are not quantised yet are rounded to nearest by ``precision`` ("int4": symmetric, groups of 32);
-        None keeps them. ``threads`` default to torch's, at most one per CPU of the affinity. The cache holds ``slots``
-        texts of ``max_length`` tokens; ``max_rows`` tokens run in one call, longer prompts in several. ``kernel`` and
+        None keeps them. ``threads`` default to torch's, at most one per CPU of the affinity; where they are as many as
+        those CPUs, each of the runtime's own is bound to one of them, else none is. The cache holds ``slots`` texts of
+        ``max_length`` tokens; ``max_rows`` tokens run in one call, longer prompts in several. ``kernel`` and
         ``compute`` ("int8", "fp32", "bf16") narrow the choice of kernels. ``memory`` says whether packed weights are
-        read or mapped.
+        read or mapped. A child process (fork) may go on with a runtime: it starts threads of its own.
 
         Raises :class:`DataError` for files that are missing, cut off or tampered with, :class:`ModelError` for weights
         that do not fit the config or are not finite, :class:`UnsupportedError` for an architecture that the runtime has
-        not and for a model larger than the memory that is available.
+        not, for a model larger than the memory that is available, and for threads that the system refuses.
         """
         if memory not in ("read", "map"):
             raise ConfigError("Runtime", "memory", memory, "expected one of read, map")
@@ -136,7 +140,9 @@ class Runtime:
         return Engine(self)
 
     def check_tokens(self, tokens: NDArray[Any]) -> None:
-        """Raise :class:`DataError` unless ``tokens`` is a text of this vocabulary that fits the cache."""
+        """Raise :class:`DataError` unless ``tokens`` (length) is a text of this vocabulary that fits the cache."""
+        if tokens.ndim != 1:
+            raise DataError(f"a text is one row of tokens, not an array of shape {tokens.shape}")
         if tokens.size == 0:
             raise DataError("a text must have at least one token")
         if tokens.dtype.kind not in "iu":
@@ -228,13 +234,15 @@ def loss_of(logits: torch.Tensor, labels: Any) -> torch.Tensor:
 def token_arrays(input_ids: Any, attention_mask: Any) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Token ids (rows, length) and their mask as arrays, from tensors, arrays or lists.
 
-    Raises :class:`DataError` for what is not two-dimensional, not integer, or masked between two kept tokens.
+    Raises :class:`DataError` for what is empty, not two-dimensional, not integer, or masked between two kept tokens.
     """
     texts = np.asarray(input_ids)
     texts = texts[None] if texts.ndim == 1 else texts
+    if texts.size == 0:
+        raise DataError(f"input_ids of shape {texts.shape} hold no token: give at least one text of at least one token")
     if texts.ndim != 2 or texts.dtype.kind not in "iu":
         raise DataError(f"input_ids must be integers of shape (rows, length), not {texts.dtype} of {texts.shape}")
-    if texts.size and (texts.max() > np.iinfo(np.int32).max or texts.min() < np.iinfo(np.int32).min):
+    if texts.max() > np.iinfo(np.int32).max or texts.min() < np.iinfo(np.int32).min:
         raise DataError(f"token {texts.max()} is outside any vocabulary")
     masks = np.ones(texts.shape, dtype=bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     masks = masks[None] if masks.ndim == 1 else masks
@@ -245,17 +253,6 @@ def token_arrays(input_ids: Any, attention_mask: Any) -> tuple[NDArray[np.int32]
         if len(kept) == 0 or kept[-1] - kept[0] + 1 != len(kept):
             raise DataError(f"attention_mask of row {row} must keep one run of tokens, padding on the sides only")
     return texts.astype(np.int32), masks
-
-
-def thread_count(threads: int | None) -> int:
-    """The threads to run on: those asked for, or torch's, at most one per CPU of the affinity."""
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError("Runtime", "threads", threads, "must be at least 1")
-        return threads
-    import torch
-
-    return max(1, min(torch.get_num_threads(), len(memory.cpus())))
 
 
 def estimate(decoder: Decoder, source: Source, limits: Limits) -> MemoryPlan:

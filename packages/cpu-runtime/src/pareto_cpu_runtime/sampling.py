@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from pareto_core.config import Config
 from pareto_core.errors import ModelError
+from pareto_cpu_runtime._library import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 class Sampling(Config):
     """How a token is chosen. Names and meanings are those of transformers' ``GenerationConfig``.
 
-    ``repetition_penalty`` above 1 lowers every token that the text holds already, the prompt included. ``seed`` starts
-    the request's own random numbers, so that a request gives the same tokens whatever runs beside it.
+    ``temperature`` towards 0 becomes greedy search. ``repetition_penalty`` above 1 lowers every token that the text
+    holds already, the prompt included. ``seed`` starts the request's own random numbers, so that a request gives the
+    same tokens whatever runs beside it.
     """
 
     do_sample: bool = False
@@ -33,7 +36,8 @@ class Sampling(Config):
 
     def validate(self) -> None:
         """See :class:`Config`."""
-        self.require("temperature", self.temperature > 0 or not self.do_sample, "must be above 0; use do_sample=False")
+        warm = self.temperature > 0 and math.isfinite(self.temperature)
+        self.require("temperature", warm or not self.do_sample, "must be above 0 and finite; use do_sample=False")
         self.require("top_k", self.top_k >= 0, "must be at least 0 (0 for no limit)")
         self.require("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         self.require("min_p", 0 <= self.min_p <= 1, "must be from 0 to 1")
@@ -44,7 +48,11 @@ class Sampling(Config):
 def processed(
     scores: NDArray[np.float32], seen: Sequence[int], banned: Sequence[int], sampling: Sampling
 ) -> NDArray[np.float32]:
-    """Scores (vocabulary) after the repetition penalty and with the ``banned`` tokens at minus infinity."""
+    """Scores (vocabulary) after the repetition penalty and with the ``banned`` tokens at minus infinity.
+
+    Banned tokens outside the vocabulary, such as a stop token of another tokenizer, change nothing.
+    """
+    banned = [token for token in banned if 0 <= token < len(scores)]
     if sampling.repetition_penalty == 1.0 and not banned:
         return scores
     scores = scores.copy()
@@ -52,33 +60,8 @@ def processed(
         tokens = np.unique(np.asarray(seen, dtype=np.int64))
         values, penalty = scores[tokens], np.float32(sampling.repetition_penalty)
         scores[tokens] = np.where(values < 0, values * penalty, values / penalty)
-    scores[list(banned)] = -np.inf
+    scores[banned] = -np.inf
     return scores
-
-
-def warped(scores: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float32]:
-    """Scores after temperature, top-k, top-p and min-p: what is cut off is at minus infinity."""
-    scores = scores / np.float32(sampling.temperature)
-    if 0 < sampling.top_k < len(scores):
-        smallest = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        scores = np.where(scores < smallest, np.float32(-np.inf), scores)
-    if sampling.top_p < 1.0:
-        kept = np.flatnonzero(scores > -np.inf)
-        order = kept[np.argsort(scores[kept], kind="stable")]
-        below = np.cumsum(softmax(scores[order])) <= 1 - sampling.top_p
-        below[-1] = False
-        scores = scores.copy()
-        scores[order[below]] = -np.inf
-    if sampling.min_p > 0.0:
-        probabilities = softmax(scores)
-        scores = np.where(probabilities < sampling.min_p * probabilities.max(), np.float32(-np.inf), scores)
-    return scores
-
-
-def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities over the last axis."""
-    exponents = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
 
 
 def log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -101,11 +84,26 @@ class Chooser:
         self._random = np.random.Generator(np.random.Philox(sampling.seed))
 
     def choose(self, logits: NDArray[np.float32], seen: Sequence[int], banned: Sequence[int]) -> int:
-        """The next token after the tokens ``seen``, none of the ``banned``."""
+        """The next token after the tokens ``seen``, none of the ``banned``, by logits (vocabulary).
+
+        A draw takes one random number r: the token is the first, in the order of the vocabulary, at which the
+        probabilities of the tokens that top-k, top-p and min-p leave, added up, exceed r.
+
+        Raises :class:`ModelError` where the logits are not finite, or where no token is left to draw.
+        """
         require_finite(logits)
-        scores = processed(logits, seen, banned, self.sampling)
-        if not self.sampling.do_sample:
+        how, scores = self.sampling, processed(logits, seen, banned, self.sampling)
+        if not how.do_sample:
             return int(scores.argmax())
-        sums = np.cumsum(softmax(warped(scores, self.sampling)), dtype=np.float64)
-        # The last sum is 1 but for rounding; searching for less than it never ends on a token of probability 0.
-        return int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
+        try:
+            tokens = native().sample(
+                scores[None],
+                temperature=how.temperature,
+                top_k=how.top_k,
+                top_p=how.top_p,
+                min_p=how.min_p,
+                random=self._random.random(),
+            )
+        except ValueError as error:
+            raise ModelError(f"no token can be drawn: {error}") from error
+        return int(tokens[0])
