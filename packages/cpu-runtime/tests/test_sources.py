@@ -75,7 +75,7 @@ def test_an_end_of_text_of_the_generation_config_alone_is_kept(tmp_path: Path) -
 
 def test_groups_that_do_not_divide_are_refused_where_they_are_asked_for() -> None:
     model = tiny("llama-odd")  # 80 inputs into down_proj
-    for precision in (Precision(bits=8, group_size=32), Precision(group_size=32, symmetric=False), Precision()):
+    for precision in (Precision(bits=8, group_size=32), Precision(group_size=32), Precision()):
         with pytest.raises(ModelError, match=r"weight has \d+ inputs, which groups of \d+ do not divide"):
             Runtime.from_pretrained(model, precision=precision)
     rows = Runtime.from_pretrained(model, precision="int4").kernels()
@@ -148,3 +148,16 @@ def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(DataError, match=r"model\.safetensors\.index\.json"):
         read_directory(tmp_path, None)
+
+
+def test_sharded_weights_are_read_through_links_as_the_hub_keeps_them(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "blobs", max_shard_size="20KB")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(file)
+    assert (snapshot / "model.safetensors.index.json").exists()
+    ids = torch.tensor([[1, 2, 3]])
+    expected = Runtime.from_pretrained(model, threads=1)(input_ids=ids).logits
+    assert torch.equal(Runtime.from_pretrained(snapshot, threads=1)(input_ids=ids).logits, expected)

@@ -88,12 +88,13 @@ class Runtime:
     ) -> Runtime:
         """Make a runtime of a packed directory, a transformers directory or model, or a ``QuantisedModel``.
 
-        Weights that are not quantised yet are rounded to nearest by ``precision`` ("int4": symmetric, groups of 32);
-        None keeps them. ``threads`` default to torch's, at most one per CPU of the affinity; where they are as many as
-        those CPUs, each of the runtime's own is bound to one of them, else none is. The cache holds ``slots`` texts of
-        ``max_length`` tokens; ``max_rows`` tokens run in one call, longer prompts in several. ``kernel`` and
-        ``compute`` ("int8", "fp32", "bf16") narrow the choice of kernels. ``memory`` says whether packed weights are
-        read or mapped. A child process (fork) may go on with a runtime: it starts threads of its own.
+        Weights that are not quantised yet are rounded to nearest by ``precision`` ("int4": symmetric, groups of 32, or
+        one scale per output where 32 does not divide the inputs); None keeps them. ``threads`` default to torch's, at
+        most one per CPU of the affinity; where they are as many as those CPUs, each of the runtime's own is bound to
+        one of them, else none is. The cache holds ``slots`` texts of ``max_length`` tokens; ``max_rows`` tokens run in
+        one call, longer prompts in several. ``kernel`` and ``compute`` ("int8", "fp32", "bf16", "fp16") narrow the
+        choice of kernels. ``memory`` says whether packed weights are read or mapped. A child process (fork) may go on
+        with a runtime: it starts threads of its own.
 
         Raises :class:`DataError` for files that are missing, cut off or tampered with, :class:`ModelError` for weights
         that do not fit the config or are not finite, :class:`UnsupportedError` for an architecture that the runtime has
@@ -289,13 +290,9 @@ def open_source(path_or_model: Any, precision: Any, mode: str) -> Source:
 
 
 def _precision(precision: Any) -> Any:
-    if precision is None:
-        return None
     from pareto_cpu_runtime.quantise.config import Precision
 
-    if precision == INT4:
-        return Precision(bits=4, group_size=32, symmetric=True)
-    if not isinstance(precision, Precision):
+    if precision not in (None, INT4) and not isinstance(precision, Precision):
         raise ConfigError("Runtime", "precision", precision, 'expected "int4", None or a Precision')
     return precision
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -92,20 +92,23 @@ def quantised_of(linear: Any) -> Quantised:
 class StateSource:
     """Weights of a state dict, each matrix rounded to nearest when asked for, or (``precision`` None) as it is.
 
-    Where groups do not divide a matrix's inputs it is refused, but for the precision that "int4" stands for
-    (``DEFAULT``), which any model is given: such a matrix then has one scale per output.
+    A matrix whose inputs the groups of a :class:`Precision` do not divide is refused. "int4", symmetric groups of 32,
+    takes any model: such a matrix has one scale per output.
     """
-
-    DEFAULT: ClassVar[dict[str, Any]] = {"bits": 4, "group_size": 32, "symmetric": True}
 
     def __init__(
         self,
         config: Any,
         state: Mapping[str, torch.Tensor],
-        precision: Precision | None,
+        precision: Precision | Literal["int4"] | None,
         generation_config: Any = None,
         directory: Path | None = None,
     ) -> None:
+        from pareto_cpu_runtime.quantise.config import Precision
+
+        self._any_model = precision == "int4"
+        if precision == "int4":
+            precision = Precision(bits=4, group_size=32, symmetric=True)
         self.config, self.directory = config, directory
         self.generation_config = generation_config_of(config, generation_config)
         self._state, self._precision = state, precision
@@ -125,14 +128,14 @@ class StateSource:
         return quantised_of(round_to_nearest(tensor.detach(), precision, f"{module}.weight"))
 
     def _fitting(self, name: str, inputs: int) -> Precision:
-        """The precision, with one scale per output where the default's groups do not divide the inputs."""
+        """The precision, with one scale per output where "int4" does not divide the inputs."""
         import dataclasses
 
         precision = self._precision
         assert precision is not None
         if inputs % precision.group(inputs) == 0:
             return precision
-        if precision.to_json() != self.DEFAULT:
+        if not self._any_model:
             raise ModelError(
                 f"{name} has {inputs} inputs, which groups of {precision.group_size} do not divide: take a group size "
                 'that divides them, or "channel"'
@@ -260,7 +263,7 @@ def read_packed(directory: Path, mode: str) -> PackedSource:
     return PackedSource(load_packed(directory), mode == "map")
 
 
-def read_directory(directory: Path, precision: Precision | None) -> StateSource:
+def read_directory(directory: Path, precision: Precision | Literal["int4"] | None) -> StateSource:
     """A transformers directory (config.json and safetensors), tensors mapped from the files, not read at once.
 
     Raises :class:`DataError` naming the file that is missing or broken, or the config that the tensors do not fit.
