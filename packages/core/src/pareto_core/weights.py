@@ -138,7 +138,7 @@ def _cast(model: nn.Module, dtypes: Mapping[str, str], directory: Path) -> None:
     path = directory / BUFFERS
     noted = json.loads(path.read_text()) if path.is_file() else {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        dtype = dtypes.get(name) or noted.get(name)
+        dtype = str(dtypes.get(name, noted.get(name)))
         if dtype in DTYPES.values():
             tensor.data = tensor.data.to(getattr(torch, dtype))
 
