@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from pareto_adapters import BitFit, LoRA
+from pareto_adapters import BitFit, Houlsby, LoRA, RLoDA
+from pareto_adapters.r_loda import LowRank
 from pareto_core import ModelError, TaskSpec
 from pareto_core.testing import TinyTask
 from pareto_core.weights import freeze, load_transformer, save_transformer
@@ -68,12 +71,32 @@ def test_weights_that_are_not_numbers_are_refused(make_model):
         BitFit().build(TinyTask(), start)
 
 
-def test_trained_together_with_an_adapter():
-    task = TinyTask()
-    adapted = LoRA().build(task)
+@pytest.mark.parametrize("architecture", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("adapter", [LoRA(), Houlsby()], ids=["lora", "houlsby"])
+def test_trained_together_with_an_adapter(architecture, adapter):
+    task = TinyTask(architecture=architecture)
+    alone, adapted = BitFit().build(task), adapter.build(task)
+    before = {name for name, _ in adapted.named_parameters()}
     model = BitFit().build(task, adapted)
-    names = trainable(model)
-    assert any("lora_A" in name for name in names)
-    assert any(name.endswith("query.base_layer.bias") for name in names)
-    deployed = BitFit().finish(LoRA().finish(model, task), task)
-    assert set(deployed.state_dict()) == set(task.backbone().state_dict())
+    biases = {name for name in trainable(model) if name.endswith(".bias") and not re.search("lora_|houlsby_", name)}
+    assert len(biases) == len({name for name in trainable(alone) if name.endswith(".bias")})
+    assert not any(re.search("lora_|houlsby_", name) for name in {n for n, _ in model.named_parameters()} - before)
+    assert {name for name in before if re.search("lora_|houlsby_", name)} <= trainable(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    batch = next(iter(task.batches("test", 4, 0)))
+    expected = model.eval()(**batch).logits
+    deployed = BitFit().finish(adapter.finish(model, task), task)
+    torch.testing.assert_close(deployed(**batch).logits, expected, atol=1e-5, rtol=0)
+    if isinstance(adapter, LoRA):
+        assert set(deployed.state_dict()) == set(alone.state_dict())
+
+
+def test_factors_in_place_of_bias_free_projections_get_biases_too():
+    task = TinyTask(architecture="llama", hidden=96)
+    model = BitFit().build(task, RLoDA(rank=24).build(task))
+    layers = [m for m in model.modules() if isinstance(m, LowRank)]
+    assert len(layers) == 6
+    assert all(layer.bias.requires_grad and layer.bias.shape == (layer.out_features,) for layer in layers)

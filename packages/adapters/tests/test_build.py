@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from pareto_adapters import KronA
 from pareto_adapters._build import layer_norms, resolve_targets
+from pareto_adapters.krona import KronALayer
 from pareto_core import ModelError
+from pareto_core.tiny import TinyTask
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,13 @@ def test_names_of_the_model_pass_through_and_others_are_refused(make_model):
     with pytest.raises(ModelError, match=r"'q' is not a linear layer of GPT2LMHeadModel; known: c_attn, c_fc, c_proj"):
         resolve_targets(make_model("gpt2"), ("q", "v"))
     assert resolve_targets(make_model("bert"), ("o",)) == ["attention.output.dense"]
+    assert resolve_targets(make_model("gpt2"), ("o",)) == ["attn.c_proj"]
+
+
+def test_o_of_gpt2_is_the_projection_of_attention_alone():
+    model = KronA(a_shape=(4, 2), target_modules=("o",)).build(TinyTask(architecture="gpt2"))
+    adapted = [name for name, module in model.named_modules() if isinstance(module, KronALayer)]
+    assert [name.split("transformer.")[1] for name in adapted] == ["h.0.attn.c_proj", "h.1.attn.c_proj"]
 
 
 @pytest.mark.parametrize(("kind", "count"), [("t5", 7), ("bert", 5), ("llama", 5), ("gpt2", 5)])

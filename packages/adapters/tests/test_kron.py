@@ -228,3 +228,19 @@ def test_nearest_shapes_factor_the_layer_and_start_with_the_same_size():
     assert all(384 % m == 0 and 384 % n == 0 for m, n in found)
     assert found[0] == (32, 24)
     assert nearest_shapes((5, 7), 6, 10, count=99)[0] in itertools.product((1, 2, 3, 6), (1, 2, 5, 10))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_forward_mode_and_second_derivatives(hidden, order):
+    y, x, a, b = inputs((2, 3, 3, 2))
+
+    def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return order(y, x, a, b, 0.5).square().sum()
+
+    def plain(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (y + 0.5 * x @ kron(a, b)).square().sum()
+
+    tangents = torch.ones_like(a), torch.ones_like(b)
+    torch.testing.assert_close(torch.func.jvp(loss, (a, b), tangents), torch.func.jvp(plain, (a, b), tangents))
+    for mine, expected in zip(torch.func.hessian(loss)(a, b), torch.func.hessian(plain)(a, b), strict=True):
+        torch.testing.assert_close(mine, expected)

@@ -10,11 +10,20 @@ import torch
 from peft import PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
-from pareto_adapters import KronAConfig
+from pareto_adapters import (
+    AdapterLConfig,
+    FTProjections,
+    KronA,
+    KronABConfig,
+    KronAConfig,
+    LoDAConfig,
+    LoRA,
+)
 from pareto_adapters._peft import Cell, TunerConfig
 from pareto_adapters._registration import register
 from pareto_adapters.krona import KronALayer
 from pareto_core import ModelError
+from pareto_core.tiny import TinyTask
 
 TARGETS = {"bert": ["query", "value"], "t5": ["q", "v"], "llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn"]}
 KINDS = list(TARGETS)
@@ -246,6 +255,86 @@ def test_an_adapter_that_holds_nan_is_not_merged(make_model):
     with pytest.raises(ModelError, match="gives NaN or infinite weights"):
         last.merge()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "krona" not in k)
+
+
+def test_a_merge_that_fails_in_one_layer_changes_none(make_model):
+    model = get_peft_model(make_model("bert"), config("bert"))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    last = [module for module in model.modules() if isinstance(module, KronALayer)][-1]
+    for factor in (last.cells["default"].A, last.cells["default"].B):
+        factor.data.fill_(1e30)  # finite, but their product is not
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ModelError, match=r"layer\.1\..*value.*gives NaN or infinite weights.*nothing was merged"):
+            merge()
+    layers = [module for module in model.modules() if isinstance(module, KronALayer)]
+    assert len(layers) == 4
+    assert not any(layer.merged for layer in layers)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "krona" not in k)
+
+
+def test_adapters_that_are_asked_for_by_name_are_checked(make_model):
+    model = get_peft_model(make_model("bert"), config("bert"), adapter_name="good")
+    model.add_adapter("bad", config("bert"))
+    last = [module for module in model.modules() if isinstance(module, KronALayer)][-1]
+    last.cells["bad"].A.data[0, 0] = float("nan")
+    state = {key: value.clone() for key, value in model.state_dict().items() if "krona" not in key}
+    with pytest.raises(ModelError, match=r"adapter 'bad' at .* holds NaN"):
+        model.merge_adapter(adapter_names=["good", "bad"])
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    model.set_adapter("bad")
+    model.merge_adapter(adapter_names=["good"])
+    assert last.merged_adapters == ["good"]
+
+
+def test_a_weight_that_the_embedding_shares_is_not_merged_into(make_model):
+    model = get_peft_model(make_model("gpt2"), config("gpt2", target_modules=["lm_head"]))
+    with pytest.raises(ModelError, match=r"'lm_head' shares its weight with transformer\.wte\.weight"):
+        model.merge_and_unload()
+    untied = make_model("gpt2")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    get_peft_model(untied, config("gpt2", target_modules=["lm_head"])).merge_and_unload()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+@pytest.mark.parametrize("method", [KronA, LoRA, FTProjections])
+def test_methods_that_merge_refuse_shared_weights_before_training(architecture, method):
+    task = TinyTask(architecture=architecture)
+    fields = {"a_shape": (8, 7)} if method is KronA else {}
+    if method is FTProjections:  # trains the weight itself, as long as nothing is fused
+        method(target_modules=("lm_head",)).build(task)
+    else:
+        with pytest.raises(ModelError, match="'lm_head' shares its weight with"):
+            method(target_modules=("lm_head",), **fields).build(task)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KronAConfig(a_shape=(4, 2), target_modules=["query", "value", "dense"]),
+        lambda: LoDAConfig(target_modules=["query", "value", "dense"]),
+        lambda: KronABConfig(a_shape=(4, 2)),
+        lambda: KronABConfig(a_shape=(4, 2), placement="sequential", target_modules=r".*layer\.\d+\.output\.dense"),
+        lambda: AdapterLConfig(),
+    ],
+)
+def test_adapters_in_half_precision_leave_the_base_in_its_own(make_model, make_batch, make):
+    batch = make_batch("bert")
+    expected = make_model("bert").eval()(**batch).logits
+    model = get_peft_model(make_model("bert"), make()).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    assert torch.equal(model(**batch).logits, expected)  # each of them starts at zero
+
+
+def test_an_update_in_half_precision_is_rounded_as_such_and_no_more(make_model):
+    model = get_peft_model(make_model("bert"), config("bert", scale=1e-3)).eval()
+    layer = next(module for module in model.modules() if isinstance(module, KronALayer))
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    base = layer.base_layer(x)
+    exact = layer(x) - base
+    layer.cells["default"].bfloat16()
+    assert (layer(x) - base - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_base_weights_that_are_not_numbers_or_not_floating_are_refused(make_model):

@@ -17,6 +17,7 @@ from pareto_adapters import (
     RLoDAPlus,
     approximation,
     energy_by_rank,
+    sparsify_projections,
     truncate_projections,
 )
 from pareto_adapters._build import projections
@@ -212,6 +213,35 @@ def test_adapters_beside_factors_are_saved_loaded_and_unloaded(make_model, make_
     bare = loaded.unload()
     torch.testing.assert_close(bare(**batch).logits, plain)
     assert sum(isinstance(module, LowRank) for module in bare.modules()) == (2 if kind == "gpt2" else 6)
+
+
+def test_an_adapter_does_not_load_beside_other_projections_than_its_own(make_model, make_batch, tmp_path):
+    """PEFT saves the adapter alone; its configuration knows what it was trained beside."""
+
+    def base(rank: int | None = None, keep: float | None = None) -> nn.Module:
+        model = make_model("llama").eval()
+        if rank is not None:
+            truncate_projections(model, rank)
+        if keep is not None:
+            sparsify_projections(model, keep)
+        return model
+
+    fields = projections(make_model("llama"), ("q", "v"))
+    config = LoDAConfig(**fields)
+    get_peft_model(base(rank=3), config).save_pretrained(tmp_path / "low_rank")
+    get_peft_model(base(), config).save_pretrained(tmp_path / "plain")  # one configuration may serve several models
+    get_peft_model(base(keep=0.2), config).save_pretrained(tmp_path / "sparse")
+    wrong = {
+        "low_rank": (base(), base(rank=4), base(keep=0.2)),
+        "plain": (base(rank=3), base(keep=0.2)),
+        "sparse": (base(), base(keep=0.3), base(rank=3)),
+    }
+    for name, models in wrong.items():
+        for model in models:
+            with pytest.raises(ModelError, match=r"approximated.*approximate the model likewise before loading"):
+                PeftModel.from_pretrained(model, tmp_path / name)
+    for name, model in {"low_rank": base(rank=3), "plain": base(), "sparse": base(keep=0.2)}.items():
+        PeftModel.from_pretrained(model, tmp_path / name)(**make_batch("llama"))
 
 
 def test_nothing_is_merged_into_factors(make_model):

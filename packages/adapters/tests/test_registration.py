@@ -89,6 +89,8 @@ def test_stacked_tuners_are_refused_before_anything_changes(make_model, make_bat
     state = {key: value.clone() for key, value in outer.state_dict().items()}
     with pytest.raises(ModelError, match=r"two tuners on .*query.*merge_adapter\(\) and then unload\(\)"):
         outer.merge_and_unload()
+    with pytest.raises(ModelError, match=r"two tuners on .*query.*unload would drop the inner one"):
+        outer.unload()
     assert all(torch.equal(value, state[key]) for key, value in outer.state_dict().items())
     outer.merge_adapter()
     torch.testing.assert_close(outer(**batch).logits, before, atol=1e-5, rtol=0)

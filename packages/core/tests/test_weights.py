@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from pareto_core import DataError, ModelError
+from pareto_core.tiny import TinyTask
 from pareto_core.weights import (
     add_bias,
     check_finite,
@@ -90,6 +91,69 @@ def test_half_precision_stays(tiny_t5: str, tmp_path: Path) -> None:
     save_transformer(t5(tiny_t5).bfloat16(), tmp_path)
     loaded = load_transformer(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_every_weight_comes_back_in_its_own_dtype(tiny_t5: str, tmp_path: Path) -> None:
+    model = t5(tiny_t5).bfloat16()
+    norm = model.encoder.final_layer_norm
+    norm.weight.data = norm.weight.data.float() + 1e-5  # lost in bfloat16
+    save_transformer(model, tmp_path)
+    loaded = load_transformer(tmp_path)
+    state, found = model.state_dict(), loaded.state_dict()
+    assert {key: value.dtype for key, value in found.items()} == {key: value.dtype for key, value in state.items()}
+    assert torch.equal(found["encoder.final_layer_norm.weight"], norm.weight)
+    assert loaded.lm_head.weight is loaded.shared.weight  # tied weights stay tied
+    assert not (tmp_path / "buffers.json").exists()
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_computed_buffers_have_the_dtype_they_had(tmp_path: Path, cast: bool) -> None:
+    model = TinyTask(architecture="llama").backbone().eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    if cast:
+        model.bfloat16()
+    save_transformer(model, tmp_path)
+    assert (tmp_path / "buffers.json").exists() == cast
+    loaded = load_transformer(tmp_path)
+    expected = dict(model.named_buffers())
+    assert any(buffer.dtype == (torch.bfloat16 if cast else torch.float32) for buffer in expected.values())
+    for name, buffer in loaded.named_buffers():
+        assert buffer.dtype == expected[name].dtype
+        assert torch.equal(buffer, expected[name])
+
+
+def test_biases_are_added_to_layers_that_a_change_has_moved(tiny_t5: str, tmp_path: Path) -> None:
+    def wrap(model: Any) -> None:
+        layer = model.encoder.block[0].layer[0]
+        layer.SelfAttention.q = nn.Sequential(layer.SelfAttention.q)
+
+    model = t5(tiny_t5)
+    wrap(model)
+    add_bias(model.encoder.block[0].layer[0].SelfAttention.q[0])
+    nn.init.ones_(model.encoder.block[0].layer[0].SelfAttention.q[0].bias)
+    save_transformer(model, tmp_path)
+    assert torch.equal(logits(load_transformer(tmp_path, wrap)), logits(model))
+
+
+def test_weights_of_other_sizes_are_refused(tiny_t5: str, tmp_path: Path) -> None:
+    save_transformer(t5(tiny_t5), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "encoder.final_layer_norm.weight"
+    save_file({**tensors, name: tensors[name][:-1].clone()}, path, {"format": "pt"})
+    with pytest.raises(DataError, match=r"the weights do not fit T5ForConditionalGeneration"):
+        load_transformer(tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"no model\.safetensors in"):
+        load_transformer(tmp_path)
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(4, bias=False), nn.Embedding(3, 4), nn.ReLU()])
+def test_only_linear_layers_get_a_bias(module: nn.Module) -> None:
+    before = {name for name, _ in module.named_parameters()}
+    add_bias(module)
+    assert {name for name, _ in module.named_parameters()} == before
 
 
 def test_added_biases_come_back(tiny_t5: str, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -11,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pareto_adapters._peft import FUSED
-from pareto_core import Method, ModelError
+from pareto_adapters._peft import FUSED, refuse_shared, shared_weights
+from pareto_core import ModelError
 from pareto_core.errors import suggest
-from pareto_core.weights import check_finite, load_transformer, save_transformer, unfreeze
+from pareto_core.weights import check_finite, unfreeze
 
 if TYPE_CHECKING:
     from pareto_core import Task
@@ -24,7 +22,7 @@ SPELLINGS = {
     "q": ("q", "query", "q_proj", "q_lin", "query_proj", "to_q", "wq"),
     "k": ("k", "key", "k_proj", "k_lin", "key_proj", "to_k", "wk"),
     "v": ("v", "value", "v_proj", "v_lin", "value_proj", "to_v", "wv"),
-    "o": ("o", "o_proj", "out_proj", "out_lin", "attention.output.dense", "to_out", "wo"),
+    "o": ("o", "o_proj", "out_proj", "out_lin", "attention.output.dense", "attn.c_proj", "to_out", "wo"),
 }
 #: how architectures spell one layer that computes query, key and value side by side
 FUSED_SPELLINGS = ("c_attn",)
@@ -77,6 +75,21 @@ def projections(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
     return {"target_modules": resolve_targets(model, tuple(fused)), "fused_parts": wanted}
 
 
+def mergeable_projections(model: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    """As :func:`projections`, for adapters that ``finish`` merges: weights that other modules share are refused."""
+    fields = projections(model, names)
+    refuse_tied(model, fields["target_modules"])
+    return fields
+
+
+def refuse_tied(model: nn.Module, targets: list[str]) -> None:
+    """Raise :class:`ModelError` where a module of ``model`` that ``targets`` name shares its weight with another."""
+    shared = shared_weights(model)
+    for name, module in model.named_modules():
+        if any(f".{name}".endswith(f".{target}") for target in targets):
+            refuse_shared(name, module, shared)
+
+
 def attach(model: nn.Module, config: peft.PeftConfig, task: Task, train_layer_norms: bool) -> nn.Module:
     """Return ``model`` with the tuner of ``config``, which is trained together with what was trainable before.
 
@@ -98,28 +111,6 @@ def merged(model: nn.Module) -> nn.Module:
     if not isinstance(model, peft.PeftModel):
         raise ModelError(f"{type(model).__name__} holds no adapters: finish takes what build returned")
     return model.merge_and_unload(safe_merge=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unmerged(Method):
-    """Base of the methods whose adapters stay in the deployed model; they are saved in it."""
-
-    def finish(self, model: nn.Module, task: Task) -> nn.Module:
-        """Take the model out of PEFT's wrapper; the adapters stay."""
-        if not isinstance(model, peft.PeftModel):
-            raise ModelError(f"{type(model).__name__} holds no adapters: finish takes what build returned")
-        return plain(model)
-
-    def save(self, deployed: Any, directory: Path) -> None:
-        """Write ``config.json``, ``model.safetensors`` (adapters included) and PEFT's ``adapter_config.json``."""
-        save_transformer(deployed, directory)
-        (config,) = deployed.peft_config.values()
-        config.save_pretrained(str(directory))
-
-    def load(self, directory: Path) -> Any:
-        """Read what :meth:`save` wrote."""
-        config = peft.PeftConfig.from_pretrained(str(directory))
-        return load_transformer(directory, lambda model: peft.inject_adapter_in_model(config, model))
 
 
 def plain(model: nn.Module) -> nn.Module:

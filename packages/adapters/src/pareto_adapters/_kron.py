@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 #: ``(y, x, a, b, scale)`` to ``y + scale * x @ kron(a, b)``
 Add = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -111,8 +112,12 @@ def _sum_of_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _trains(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether gradients are to be written out: a compiler decides by itself what it computes again."""
-    return torch.is_grad_enabled() and (a.requires_grad or b.requires_grad) and not torch.compiler.is_compiling()
+    """Whether gradients are to be written out: a compiler decides by itself what it computes again.
+
+    They are for the backward pass; in forward mode (``torch.func.jvp``, ``hessian``), PyTorch derives the plain path.
+    """
+    wanted = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return wanted and not torch.compiler.is_compiling() and forward_ad._current_level < 0
 
 
 def _trained(

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import (
     _get_in_out_features,
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
+    onload_layer,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -76,6 +77,9 @@ class TunerConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             expected = f"PEFT ignores it where target_modules is a text ({self.target_modules!r}): list the modules"
             raise ConfigError(type(self).__name__, "layers_to_transform", self.layers_to_transform, expected)
+
+    def meet(self, model: nn.Module) -> None:
+        """Check, or note, what concerns ``model`` as a whole before it is touched. Default: nothing."""
 
 
 def check_number(config: TunerConfig, field: str) -> None:
@@ -153,6 +157,8 @@ class Cell(nn.Module):
     """
 
     mergeable: ClassVar[bool] = False
+    #: whether what is added to the output depends on the output; False lets it be computed alone, in its own dtype
+    reads_output: bool = True
 
     @classmethod
     def refusal(cls, config: Any, in_features: int, out_features: int) -> str:
@@ -187,6 +193,7 @@ class FusedCell(Cell):
         assert config.fused_parts is not None
         cells = {name: cell_type(config, in_features, in_features) for name in FUSED if name in config.fused_parts}
         self.parts = nn.ModuleDict(cells)
+        self.reads_output = any(cell.reads_output for cell in cells.values())
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Adapt the parts of ``y`` (..., 3·in_features) that have a cell."""
@@ -253,7 +260,10 @@ class CellLayer(nn.Module, BaseTunerLayer):
         dtype = next(cell.parameters()).dtype
         if y.dtype == dtype or torch.is_autocast_enabled(x.device.type):
             return cell(x.to(dtype), y)
-        return cell(x.to(dtype), y.to(dtype)).to(y.dtype)
+        if torch.promote_types(y.dtype, dtype) == dtype:
+            return cell(x.to(dtype), y.to(dtype)).to(y.dtype)
+        start = y.to(dtype) if cell.reads_output else torch.zeros_like(y, dtype=dtype)
+        return y + (cell(x.to(dtype), start) - start).to(y.dtype)  # only what is added is rounded
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].removesuffix('_cell')}.{super().__repr__()}"
@@ -290,8 +300,14 @@ class Layer(CellLayer):
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.cells:
-                self._add_to_base(name, +1)
+                self.set_base_weight(self._sum(self.get_base_weight(), name, +1))
                 self.merged_adapters.append(name)
+
+    def try_merge(self, adapter_names: list[str]) -> None:
+        """Compute what :meth:`merge` would write, and drop it; raise :class:`ModelError` where it would."""
+        weight = self.get_base_weight()
+        for name in adapter_names:
+            weight = self._sum(weight, name, +1)
 
     def unmerge(self) -> None:
         """Take every merged delta out of the base weight again, up to rounding."""
@@ -300,15 +316,14 @@ class Layer(CellLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.cells:
-                self._add_to_base(name, -1)
+                self.set_base_weight(self._sum(self.get_base_weight(), name, -1))
 
-    def _add_to_base(self, name: str, sign: int) -> None:
-        weight = self.get_base_weight()
+    def _sum(self, weight: torch.Tensor, name: str, sign: int) -> torch.Tensor:
         delta = self.get_delta_weight(name).to(weight.device)
         merged = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + sign * delta).to(weight.dtype)
         if not bool(merged.isfinite().all()):
-            raise ModelError(f"merging adapter {name!r} gives NaN or infinite weights: refused, nothing was changed")
-        self.set_base_weight(merged)
+            raise ModelError(f"merging adapter {name!r} gives NaN or infinite weights: refused")
+        return merged
 
 
 class BlockLayer(CellLayer):
@@ -380,6 +395,7 @@ class Tuner(BaseTuner):
 
     def _prepare_model(self, peft_config: TunerConfig, model: nn.Module) -> None:
         self._first: Cell | None = None
+        peft_config.meet(model)
         _maybe_include_all_linear_layers(peft_config, model)
         names = _names_outside_tuners(model)
         wanted = peft_config.target_modules
@@ -442,22 +458,43 @@ class Tuner(BaseTuner):
         else:
             cell.tie(self._first)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name, module in self.model.named_modules():
-            if isinstance(module, self.tuner_layer_cls):
-                self._check_mergeable(name, module)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the adapters (default: the active ones) to the weights of their layers: to all, or, refused, to none."""
+        self.check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _check_mergeable(self, name: str, layer: CellLayer) -> None:
+    def check_merge(self, adapter_names: list[str] | None) -> None:
+        """Raise :class:`ModelError` where one of the adapters (default: the active ones) cannot be merged.
+
+        Every layer is looked at before the first is touched, so that a model is never left half merged.
+        """
+        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)]
+        shared = shared_weights(self.model)
+        for name, layer in layers:
+            self._check_mergeable(name, layer, shared)
+        for name, layer in layers:
+            asked = layer.active_adapters if adapter_names is None else adapter_names
+            with onload_layer(layer):
+                self._check_finite(name, layer, [key for key in asked if key in layer.cells])
+
+    def _check_mergeable(self, name: str, layer: CellLayer, shared: dict[int, list[str]]) -> None:
         if not layer.cell_type.mergeable:
             raise ModelError(
                 f"{layer.cell_type.__name__} at {name!r} cannot be merged: use the model as it is, or unload()"
             )
         if isinstance(layer.get_base_layer(), LinearMap):
             raise ModelError(f"{name!r} stores no matrix that an adapter could be merged into: use the model as it is")
-        for adapter in [key for key in layer.active_adapters if key in layer.cells]:
+        refuse_shared(name, layer.get_base_layer(), shared)
+
+    def _check_finite(self, name: str, layer: CellLayer, adapters: list[str]) -> None:
+        for adapter in adapters:
             if not all(bool(p.isfinite().all()) for p in layer.cells[adapter].parameters()):
                 raise ModelError(f"adapter {adapter!r} at {name!r} holds NaN or infinite weights: nothing was merged")
+        assert isinstance(layer, Layer)
+        try:
+            layer.try_merge([adapter for adapter in adapters if adapter not in layer.merged_adapters])
+        except ModelError as error:
+            raise ModelError(f"{name!r}: {error}, nothing was merged") from error
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -570,6 +607,36 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         )
     if weight.device.type != "meta" and not bool(weight.isfinite().all()):
         raise ModelError(f"{name}.weight holds NaN or infinite values: the model cannot be adapted")
+
+
+def base_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Names and modules of ``model`` without the adapters in it; a wrapped layer counts as the layer inside."""
+    if isinstance(model, BaseTunerLayer):
+        return base_modules(model.base_layer, f"{prefix}.base_layer")
+    found = [(prefix, model)]
+    for name, child in model.named_children():
+        found += base_modules(child, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each weight that several modules of ``model`` hold, by its identity."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(prefix=name, recurse=False):
+            found.setdefault(id(parameter), []).append(kind)
+    return {key: names for key, names in found.items() if len(names) > 1}
+
+
+def refuse_shared(name: str, layer: nn.Module, shared: dict[int, list[str]]) -> None:
+    """Raise :class:`ModelError` where merging into the weight of ``layer`` would change that of another module."""
+    names = shared.get(id(getattr(layer, "weight", None)), [])
+    others = [other for other in names if not other.startswith(f"{name}.")]
+    if others:
+        raise ModelError(
+            f"{name!r} shares its weight with {', '.join(others)}: merging would change that too; untie the weights "
+            "(tie_word_embeddings=False), or target other modules"
+        )
 
 
 def _names_outside_tuners(model: nn.Module) -> list[str]:

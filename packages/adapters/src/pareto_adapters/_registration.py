@@ -1,9 +1,9 @@
 """How a method from outside becomes one of PEFT's: the only file that changes anything in PEFT.
 
 PEFT has no official way to add a method. :func:`add_member` extends its ``PeftType`` enumeration. Two holes are closed,
-where PEFT says nothing: :func:`_refuse_stacked_unload`, since ``merge_and_unload`` drops a tuner that lies below
-another one, and :func:`_refuse_targets_inside_blocks`, since layers inside a wrapped block are passed over when another
-adapter is added. Nothing else of PEFT is changed.
+where PEFT says nothing: :func:`_refuse_stacked_unload`, since unloading drops a tuner that lies below another one, and
+:func:`_refuse_targets_inside_blocks`, since layers inside a wrapped block are passed over when another adapter is
+added. Nothing else of PEFT is changed.
 """
 
 from __future__ import annotations
@@ -75,15 +75,21 @@ def _refuse_stacked_unload() -> None:
         return
 
     @functools.wraps(original)
-    def checked(self: BaseTuner, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def checked(
+        self: BaseTuner,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         for name, module in self.model.named_modules():
             inner = getattr(module, "base_layer", None) if isinstance(module, BaseTunerLayer) else None
             ours = isinstance(module, CellLayer) or isinstance(inner, CellLayer)
-            if merge and ours and isinstance(inner, BaseTunerLayer):
+            if ours and isinstance(inner, BaseTunerLayer) and (merge or not inner.merged):
                 kinds = f"{type(module).__name__} over {type(inner).__name__}"
                 raise ModelError(
-                    f"two tuners on {name!r} ({kinds}): merge_and_unload would drop the inner one; "
-                    "call merge_adapter() and then unload(), nothing was changed"
+                    f"two tuners on {name!r} ({kinds}): {'merge_and_unload' if merge else 'unload'} would drop the "
+                    "inner one; call merge_adapter() and then unload(), nothing was changed"
                 )
             if isinstance(module, BlockLayer):
                 inside = [type(m).__name__ for m in inner.modules() if isinstance(m, BaseTunerLayer)] if inner else []
@@ -92,7 +98,9 @@ def _refuse_stacked_unload() -> None:
                         f"{type(module).__name__} at {name!r} is around a block that holds {inside[0]}: unloading "
                         "would leave that behind; unload (or merge) the inner tuner before the outer one is added"
                     )
-        return original(self, merge, *args, **kwargs)
+        if merge and isinstance(self, Tuner):
+            self.check_merge(adapter_names)
+        return original(self, merge, progressbar, safe_merge, adapter_names)
 
     checked.refuses_stacked = True
     BaseTuner._unload_and_optionally_merge = checked

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from pareto_adapters._bottleneck import BottleneckCell, BottleneckConfig
-from pareto_adapters._build import Unmerged, attach
+from pareto_adapters._build import attach
 from pareto_adapters._registration import register
+from pareto_adapters._stored import Unmerged
 from pareto_core import Paper
 
 if TYPE_CHECKING:

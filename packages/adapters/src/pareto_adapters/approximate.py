@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -30,15 +29,13 @@ from transformers.pytorch_utils import Conv1D
 
 from pareto_adapters._build import FUSED_SPELLINGS, SPELLINGS, attach, plain
 from pareto_adapters._peft import FUSED, LinearMap, check_weight, linear_sizes
-from pareto_adapters.loda import LoDA
+from pareto_adapters.loda import NOTE, LoDA
 from pareto_core import Measurement, ModelError
-from pareto_core.weights import load_transformer
+from pareto_core.weights import require_files
 
 if TYPE_CHECKING:
     from pareto_core import Task
 
-#: the attribute of a model that says how its projections are approximated; its configuration may be others' too
-NOTE = "approximated_projections"
 #: the file that holds the same beside a saved model
 FILE = "approximation.json"
 #: names of modules that attend to another sequence than their own
@@ -148,6 +145,12 @@ def approximation(model: nn.Module) -> dict[str, Any]:
     return dict(getattr(model, NOTE))
 
 
+def save_note(model: nn.Module, directory: Path) -> None:
+    """Write ``approximation.json`` for a model that is approximated; nothing for others."""
+    if hasattr(model, NOTE):
+        (directory / FILE).write_text(json.dumps(approximation(model), indent=2) + "\n")
+
+
 def energy(weight: torch.Tensor) -> float:
     """The sum of squares of ``weight``; not a number on the meta device."""
     return math.nan if weight.is_meta else float(weight.double().square().sum())
@@ -182,14 +185,11 @@ def _share(kept: float, total: float) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ApproximatedLoDA(LoDA):
-    """Base of S-LoDA and R-LoDA: a subclass says how projections are approximated, and how a file of them is read."""
+    """Base of S-LoDA and R-LoDA: a subclass says how projections are approximated."""
 
     def approximate(self, model: PreTrainedModel) -> None:
         """Approximate the projections of ``model`` in place."""
         raise TypeError(f"{type(self).__name__} must define approximate(model)")
-
-    def restore(self, model: PreTrainedModel) -> None:
-        """Give a new ``model`` the modules of an approximated one, without values. Default: they are the same."""
 
     def build(self, task: Task, model: Any = None, teacher: nn.Module | None = None) -> nn.Module:
         """Approximate the projections and put the maps beside them."""
@@ -203,18 +203,7 @@ class ApproximatedLoDA(LoDA):
         energy = 100 * approximation(deployed)["energy"]
         return (*super().figures(deployed), Measurement(name="projection_energy_percent", value=energy, unit="%"))
 
-    def save(self, deployed: Any, directory: Path) -> None:
-        """Write what :class:`LoDA` writes, and ``approximation.json``."""
-        super().save(deployed, directory)
-        (directory / FILE).write_text(json.dumps(approximation(deployed), indent=2) + "\n")
-
     def load(self, directory: Path) -> Any:
         """Read what :meth:`save` wrote."""
-        config = peft.PeftConfig.from_pretrained(str(directory))
-
-        def change(model: PreTrainedModel) -> None:
-            setattr(model, NOTE, json.loads((directory / FILE).read_text()))
-            self.restore(model)
-            peft.inject_adapter_in_model(config, model)
-
-        return load_transformer(directory, change)
+        require_files(directory, "config.json", FILE)
+        return super().load(directory)

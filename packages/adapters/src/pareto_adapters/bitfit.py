@@ -6,7 +6,7 @@ Language-models", ACL 2022, https://arxiv.org/abs/2106.10199.
 Reproduced: every parameter called ``bias`` is trained, layer norms' included. Deviation: a model whose linear layers
 have no bias at all (T5, Llama) first gets one, of zeros, in each of them, the output layer included; the KronA chapter
 lists BitFit on T5, which needs it. Names decide, and exactly: T5's ``relative_attention_bias`` is an embedding and
-stays frozen.
+stays frozen. Only the base model counts: adapters in it neither get biases nor are taken for layers that have some.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pareto_adapters._build import plain, train_in_place
-from pareto_core import Method, Paper
+from pareto_adapters._peft import LinearMap, base_modules
+from pareto_adapters._stored import InPlace
+from pareto_core import Paper
 from pareto_core.weights import add_bias, check_finite
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitFit(Method):
+class BitFit(InPlace):
     """Train the biases of a task's backbone and its head; with ``train_layer_norms`` also the norms' scales."""
 
     paper = Paper(
@@ -42,21 +44,21 @@ class BitFit(Method):
         """Add biases where the model has none, and unfreeze all of them."""
         start = self.starting_model(task, model)
         check_finite(start)
-        model = plain(start)
-        if not _has_linear_bias(model, task.spec.head):
-            for name, module in model.named_modules():
-                if not _inside(name, task.spec.head):
-                    add_bias(module)
-        for name, parameter in start.named_parameters():
-            if name.rpartition(".")[2] in ("bias", "in_proj_bias"):
-                parameter.requires_grad_(True)
+        modules = base_modules(plain(start))
+        body = [module for name, module in modules if not _inside(name, task.spec.head)]
+        if not any(_has_bias(module) for module in body):
+            for module in body:
+                add_bias(module)
+        for _, module in modules:
+            for kind, parameter in module.named_parameters(recurse=False):
+                if kind in ("bias", "in_proj_bias"):
+                    parameter.requires_grad_(True)
         train_in_place(start, task, self.train_layer_norms)
         return start
 
 
-def _has_linear_bias(model: nn.Module, head: tuple[str, ...]) -> bool:
-    linear = [m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and not _inside(name, head)]
-    return any(module.bias is not None for module in linear)
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, LinearMap)) and module.bias is not None
 
 
 def _inside(name: str, modules: tuple[str, ...]) -> bool:

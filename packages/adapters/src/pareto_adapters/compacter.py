@@ -35,9 +35,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from pareto_adapters._build import Unmerged, attach
+from pareto_adapters._build import attach
 from pareto_adapters._peft import BlockConfig, Cell, check_count
 from pareto_adapters._registration import register
+from pareto_adapters._stored import Unmerged
 from pareto_core import Paper
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from pareto_core import Method, Paper
+from pareto_adapters._stored import InPlace
+from pareto_core import Paper
 from pareto_core.weights import check_finite
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FullFineTuning(Method):
+class FullFineTuning(InPlace):
     """Train every parameter of a task's backbone."""
 
     paper = Paper(

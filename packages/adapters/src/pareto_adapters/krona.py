@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import nn
 
-from pareto_adapters._build import attach, merged, projections
+from pareto_adapters._build import attach, mergeable_projections, merged
 from pareto_adapters._kron import cheaper_order, kron, nearest_shapes
 from pareto_adapters._peft import Cell, TunerConfig, check_choice, check_number
 from pareto_adapters._registration import register
@@ -95,6 +95,7 @@ class KronACell(Cell):
     """The factors ``A`` (m1, n1) and ``B`` (m2, n2) of one layer."""
 
     mergeable = True
+    reads_output = False
 
     @classmethod
     def refusal(cls, config: KronAConfig, in_features: int, out_features: int) -> str:
@@ -163,7 +164,7 @@ class KronA(Method):
             a_shape=self.a_shape,
             scale=self.scale,
             init=self.init,
-            **projections(start, self.target_modules),
+            **mergeable_projections(start, self.target_modules),
         )
         return attach(start, config, task, self.train_layer_norms)
 

@@ -42,10 +42,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from pareto_adapters._build import Unmerged, attach
+from pareto_adapters._build import attach
 from pareto_adapters._kron import multiplications
 from pareto_adapters._peft import BlockConfig, Cell, check_choice, check_count
 from pareto_adapters._registration import register
+from pareto_adapters._stored import Unmerged
 from pareto_adapters.krona import Init, KronA, KronACell, check_factors, start_factors
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class KronABCell(Cell):
         (self.m1, n1), count = config.a_shape, config.modules
         m2, n2 = in_features // self.m1, out_features // n1
         self.scale, self.sequential = config.scale, config.placement == "sequential"
+        self.reads_output = self.sequential
         self.A = nn.Parameter(torch.empty(count, self.m1, n1))
         self.B = nn.Parameter(torch.empty(count, m2, n2))
         for a, b in zip(self.A.data, self.B.data, strict=True):

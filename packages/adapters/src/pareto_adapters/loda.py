@@ -39,14 +39,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pareto_adapters._build import Unmerged, attach, projections
+from pareto_adapters._build import attach, projections
 from pareto_adapters._peft import Cell, TunerConfig, check_count, check_number
 from pareto_adapters._registration import register
-from pareto_core import Measurement, Paper
+from pareto_adapters._stored import Unmerged
+from pareto_core import Measurement, ModelError, Paper
 
 if TYPE_CHECKING:
     from pareto_core import Task
 
+#: the attribute of a model that says how its projections are approximated; its configuration may be others' too
+NOTE = "approximated_projections"
 #: slope of LeakyReLU for negative numbers (section 5.3.1)
 SLOPE = 0.8
 
@@ -68,19 +71,41 @@ def f2(h: torch.Tensor) -> torch.Tensor:
 class LoDAConfig(TunerConfig):
     """Configuration of LoDA for ``peft.get_peft_model``.
 
-    ``r`` is the bottleneck dimension and ``scale`` multiplies the whole update. Raises
-    :class:`pareto_core.ConfigError` for values out of range.
+    ``r`` is the bottleneck dimension and ``scale`` multiplies the whole update. ``approximation`` is written when the
+    configuration meets its model: ``kind`` and ``size`` as :func:`pareto_adapters.approximation` tells them, empty for
+    a model that is not approximated. Raises :class:`pareto_core.ConfigError` for values out of range, and, once a saved
+    one meets a model that is approximated otherwise, :class:`pareto_core.ModelError`.
     """
 
     peft_name: ClassVar[str] = "loda"
 
     r: int = 4
     scale: float = 1.0
+    approximation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "r")
         check_number(self, "scale")
+        self._from_file = self.approximation is not None
+
+    def meet(self, model: nn.Module) -> None:
+        """Note how the projections of ``model`` are approximated; refuse one unlike that of a saved configuration."""
+        note = getattr(model, NOTE, {})
+        base = {key: note[key] for key in ("kind", "size") if key in note}
+        if self._from_file and self.approximation != base:
+            raise ModelError(
+                f"the adapter belongs to a model whose projections are {_described(self.approximation)}, but those of "
+                f"this {type(model).__name__} are {_described(base)}: approximate the model likewise before loading"
+            )
+        self.approximation = base
+
+
+def _described(approximation: dict[str, Any] | None) -> str:
+    if not approximation:
+        return "not approximated"
+    kind, size = approximation["kind"], approximation["size"]
+    return f"approximated ({kind}, {'rank' if kind == 'low_rank' else 'keep'} = {size})"
 
 
 @dataclasses.dataclass
@@ -92,6 +117,8 @@ class LoDAPlusConfig(LoDAConfig):
 
 class LoDACell(Cell):
     """``A`` (in_features, r), ``B`` (r, out_features), ``V1`` and ``V2`` (r, r) of one layer."""
+
+    reads_output = False
 
     def __init__(self, config: LoDAConfig, in_features: int, out_features: int) -> None:
         super().__init__()

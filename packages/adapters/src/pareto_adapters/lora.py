@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 
-from pareto_adapters._build import attach, merged, projections
+from pareto_adapters._build import attach, mergeable_projections, merged
 from pareto_core import Measurement, Method, Paper
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class LoRA(Method):
             r=self.r,
             lora_alpha=self.r if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
-            target_modules=projections(start, self.target_modules)["target_modules"],
+            target_modules=mergeable_projections(start, self.target_modules)["target_modules"],
         )
         return attach(start, config, task, self.train_layer_norms)
 

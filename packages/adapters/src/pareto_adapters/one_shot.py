@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from pareto_adapters.prefix import check_decoder, check_room
 from pareto_core import Method, Paper, UnsupportedError
-from pareto_core.weights import load_transformer, save_transformer
+from pareto_core.weights import load_transformer, require_files, save_transformer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,5 +103,6 @@ class OneShot(Method):
 
     def load(self, directory: Path) -> Any:
         """Read what :meth:`save` wrote."""
+        require_files(directory, "config.json", "one_shot.json")
         prompt = torch.tensor(json.loads((directory / "one_shot.json").read_text()))
         return Prompted(load_transformer(directory), prompt).eval()

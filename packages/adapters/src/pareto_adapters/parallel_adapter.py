@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from pareto_adapters._bottleneck import BottleneckCell, BottleneckConfig
-from pareto_adapters._build import Unmerged, attach
+from pareto_adapters._build import attach
 from pareto_adapters._peft import check_number
 from pareto_adapters._registration import register
+from pareto_adapters._stored import Unmerged
 from pareto_core import Paper
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class ParallelAdapterConfig(BottleneckConfig):
 
 class ParallelAdapterCell(BottleneckCell):
     """The adapter beside one block."""
+
+    reads_output = False
 
     def __init__(self, config: ParallelAdapterConfig, in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features, nn.ReLU())

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pareto_adapters._build import attach, merged, plain, projections, train_in_place
+from pareto_adapters._build import attach, merged, plain, projections, refuse_tied, train_in_place
 from pareto_adapters._peft import Cell, TunerConfig
 from pareto_adapters._registration import register
+from pareto_adapters._stored import InPlace
 from pareto_adapters.loda import LoDA
-from pareto_core import Measurement, Method, ModelError, Paper
+from pareto_core import Measurement, ModelError, Paper
 from pareto_core.weights import check_finite
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class FullDeltaCell(Cell):
     """``D`` (out_features, in_features), which starts at zero and is added to the weight."""
 
     mergeable = True
+    reads_output = False
 
     def __init__(self, config: FullDeltaConfig, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ FullDeltaLayer, FullDeltaTuner = register(FullDeltaConfig, FullDeltaCell)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FTProjections(Method):
+class FTProjections(InPlace):
     """Train the weights of the named projections of a task's backbone, and its head; biases stay frozen.
 
     ``target_modules`` as in :class:`pareto_adapters.KronA`.
@@ -82,6 +84,7 @@ class FTProjections(Method):
         start = self.starting_model(task, model)
         fields = projections(start, self.target_modules)
         if "fused_parts" in fields:
+            refuse_tied(start, fields["target_modules"])
             return attach(start, FullDeltaConfig(**fields), task, train_layer_norms=False)
         check_finite(start)
         for name, module in start.named_modules():
@@ -103,7 +106,7 @@ class FTProjections(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FTTop(Method):
+class FTTop(InPlace):
     """Train the last ``layers`` transformer layers of a task's backbone, and its head.
 
     Of an encoder and a decoder, the decoder's.

@@ -33,8 +33,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from pareto_adapters._build import attach, plain, refuse_adapters
+from pareto_adapters._stored import ADAPTERS, load_adapted, save_adapted
 from pareto_core import Method, ModelError, Paper
-from pareto_core.weights import load_transformer, save_transformer
+from pareto_core.weights import require_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,17 +79,30 @@ class Prefixed(Method):
 
     def save(self, deployed: Any, directory: Path) -> None:
         """Write the model, and in ``prefix/`` what PEFT reads as an adapter of it."""
-        save_transformer(plain(deployed), directory)
+        save_adapted(deployed, directory)
+
+    def load(self, directory: Path) -> Any:
+        """Read what :meth:`save` wrote."""
+        require_files(directory, "config.json", f"prefix/{ADAPTERS}", f"prefix/{WEIGHTS}")
+        return load_adapted(directory)
+
+
+def save_prefix(deployed: Any, directory: Path) -> None:
+    """Write in ``prefix/`` the keys and values in front of a model, which PEFT reads; nothing where there are none."""
+    if ADAPTER in getattr(deployed, "prompt_encoder", {}):
         deployed.peft_config[ADAPTER].save_pretrained(str(directory / "prefix"))
         prefix = deployed.prompt_encoder[ADAPTER].embedding.weight
         save_file({"prompt_embeddings": prefix.detach().contiguous()}, directory / "prefix" / WEIGHTS)
 
-    def load(self, directory: Path) -> Any:
-        """Read what :meth:`save` wrote."""
-        config = peft.PeftConfig.from_pretrained(str(directory / "prefix"))
-        model = _with_one_head(peft.get_peft_model(load_transformer(directory), config))
-        _set_prefix(model, load_file(directory / "prefix" / WEIGHTS)["prompt_embeddings"])
-        return model.eval()
+
+def load_prefix(model: Any, directory: Path) -> Any:
+    """Put what :func:`save_prefix` wrote in front of ``model``, which is returned as it is where that is nothing."""
+    if not (directory / "prefix" / WEIGHTS).is_file():
+        return model
+    config = peft.PeftConfig.from_pretrained(str(directory / "prefix"))
+    model = _with_one_head(peft.get_peft_model(model, config))
+    _set_prefix(model, load_file(directory / "prefix" / WEIGHTS)["prompt_embeddings"])
+    return model.eval()
 
 
 def _with_one_head(model: nn.Module) -> nn.Module:

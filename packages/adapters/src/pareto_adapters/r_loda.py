@@ -22,6 +22,8 @@ which is 3d/4 for D = 3d.
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +33,11 @@ from transformers import PreTrainedModel
 
 from pareto_adapters._peft import LinearMap
 from pareto_adapters.approximate import (
+    FILE,
+    NOTE,
     ApproximatedLoDA,
     Attention,
     approximable,
-    approximation,
     energy,
     left_singular,
     note,
@@ -93,7 +96,7 @@ class LowRank(LinearMap):
         self.in_features, self.out_features = factor.weight.shape[1], weight.shape[0]
         self.reader = reader
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = bias
+        self.register_parameter("bias", bias)
         object.__setattr__(self, "factor", factor)  # not as a submodule: it has its place beside the projections
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,6 +153,19 @@ def _replace(attention: Attention, w_a: torch.Tensor, w_b: torch.Tensor) -> None
     attention.module.register_forward_hook(factor.forget, always_call=True)
 
 
+def load_approximation(model: PreTrainedModel, directory: Path) -> None:
+    """Give a new ``model`` the note and the modules, without values, of an approximated one saved in ``directory``."""
+    path = directory / FILE
+    if not path.is_file():
+        return
+    record = json.loads(path.read_text())
+    setattr(model, NOTE, record)
+    if record["kind"] == "low_rank":
+        for attention in self_attentions(model):
+            weight, rank = attention.matrix(), record["size"]
+            _replace(attention, weight.new_zeros(len(weight), rank), weight.new_zeros(rank, weight.shape[1]))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLoDA(ApproximatedLoDA):
     """LoDA on a task's backbone whose query, key and value projections together have rank ``rank``."""
@@ -164,13 +180,6 @@ class RLoDA(ApproximatedLoDA):
     def approximate(self, model: PreTrainedModel) -> None:
         """Put factors in place of the projections."""
         truncate_projections(model, self.rank)
-
-    def restore(self, model: PreTrainedModel) -> None:
-        """Put factors of the noted rank in place of the projections."""
-        rank = approximation(model)["size"]
-        for attention in self_attentions(model):
-            weight = attention.matrix()
-            _replace(attention, weight.new_zeros(len(weight), rank), weight.new_zeros(rank, weight.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

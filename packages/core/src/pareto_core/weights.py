@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pareto_core.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 T = TypeVar("T")
+
+#: the files of a model
+WEIGHTS, BUFFERS = "model.safetensors", "buffers.json"
+#: the floating dtypes of safetensors, as torch calls them
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def freeze(model: T) -> T:
@@ -68,21 +74,25 @@ def check_finite(model: nn.Module) -> None:
 def save_transformer(model: Any, directory: Path) -> None:
     """Write a transformers model: ``config.json`` and ``model.safetensors``, whose names are those of the model.
 
-    Left to itself, transformers writes the names of its earlier versions (ViT's), which no model here has.
+    Left to itself, transformers writes the names of its earlier versions (ViT's), which no model here has. Buffers that
+    are computed rather than stored are noted in ``buffers.json`` where they were cast, as ``model.bfloat16()`` does.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"{type(model).__name__} is not a transformers model: its method must define save and load")
     model.save_pretrained(directory, save_original_format=False)
+    cast = {name: str(b.dtype).removeprefix("torch.") for name, b in _computed_buffers(model) if b.element_size() < 4}
+    if cast:
+        (directory / BUFFERS).write_text(json.dumps(cast, indent=2) + "\n")
 
 
 def load_transformer(directory: Path, change: Callable[[nn.Module], object] | None = None) -> Any:
     """Read what :func:`save_transformer` wrote, as the class that was saved, in evaluation mode.
 
-    Biases that a method added to bias-free linear layers are added again, and ``change`` makes whatever other changes
-    the method made to the architecture; any difference that is left between the file and the model raises
-    :class:`DataError`.
+    ``change`` makes whatever changes a method made to the architecture; biases that were added to bias-free linear
+    layers are then added again. Every weight has the dtype that it has in the file. Raises :class:`DataError` for a
+    directory that holds no model, and for any difference that is left between the file and the model.
     """
     import torch
     import transformers
@@ -90,40 +100,70 @@ def load_transformer(directory: Path, change: Callable[[nn.Module], object] | No
     from safetensors.torch import load_model
 
     path = directory / "config.json"
-    if not path.is_file():
-        raise DataError(f"no config.json in {directory}: not a saved model")
+    require_files(directory, path.name)
     name = (json.loads(path.read_text()).get("architectures") or [None])[0]
     cls = getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise DataError(f"{path}: {name!r} is not a model class of transformers")
+    require_files(directory, WEIGHTS)
     config = transformers.AutoConfig.from_pretrained(directory)
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        keys = set(file.keys())
-        dtype = file.get_tensor(min(keys)).dtype
-    model: Any = cls(config).to(dtype)
-    _add_biases(model, keys)
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    model: Any = cls(config)
     if change is not None:
         change(model)
-    missing, unexpected = load_model(model, directory / "model.safetensors", strict=False)
+    _add_biases(model, dtypes)
+    _cast(model, {key: DTYPES[dtype] for key, dtype in dtypes.items() if dtype in DTYPES}, directory)
+    try:
+        missing, unexpected = load_model(model, directory / WEIGHTS, strict=False)
+    except RuntimeError as error:  # sizes that differ
+        raise DataError(f"{directory}: the weights do not fit {name}: {error}") from error
     if missing or unexpected:
         raise DataError(f"{directory}: missing weights {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
     assert isinstance(model, torch.nn.Module)
     return model.eval()
 
 
-def _add_biases(model: nn.Module, keys: set[str]) -> None:
-    from torch import nn
+def require_files(directory: Path, *names: str) -> None:
+    """Raise :class:`DataError` naming the first of the files that ``directory`` lacks."""
+    for name in names:
+        if not (Path(directory) / name).is_file():
+            raise DataError(f"no {name} in {directory}: not a saved model")
 
+
+def _cast(model: nn.Module, dtypes: Mapping[str, str], directory: Path) -> None:
+    """Give the stored weights the dtypes of the file, and computed buffers those that were noted."""
+    import torch
+
+    path = directory / BUFFERS
+    noted = json.loads(path.read_text()) if path.is_file() else {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        dtype = str(dtypes.get(name, noted.get(name)))
+        if dtype in DTYPES.values():
+            tensor.data = tensor.data.to(getattr(torch, dtype))
+
+
+def _computed_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Names and values of the floating buffers that no file holds, such as the frequencies of rotary embeddings."""
+    stored = model.state_dict().keys()
+    return [(name, b) for name, b in model.named_buffers() if b.is_floating_point() and name not in stored]
+
+
+def _add_biases(model: nn.Module, keys: Container[str]) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in keys:
+        if f"{name}.bias" in keys:
             add_bias(module)
 
 
 def add_bias(linear: nn.Module) -> None:
-    """Give a bias-free linear layer a bias of zeros, in place; one that has a bias is left alone."""
+    """Give a bias-free linear layer a bias of zeros, in place; one that has a bias is left alone, and other modules.
+
+    A linear layer is a module with ``out_features`` whose parameter ``bias`` is None.
+    """
     import torch
     from torch import nn
 
-    if isinstance(linear, nn.Linear) and linear.bias is None:
-        zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
-        linear.bias = nn.Parameter(zeros)
+    size, parameters = getattr(linear, "out_features", None), linear._parameters
+    if isinstance(size, int) and "bias" in parameters and parameters["bias"] is None:
+        weight: Any = linear.weight
+        linear.bias = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device))
