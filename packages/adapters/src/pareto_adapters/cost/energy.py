@@ -1,4 +1,4 @@
-"""How much of the projections an approximation keeps, as figure 5.2 draws it: ``python -m pareto_adapters.cost.energy``.
+"""What an approximation keeps of the projections, as figure 5.2 draws it: ``python -m pareto_adapters.cost.energy``.
 
 For each model, the share of the energy (sum of squares) of W_proj = [W_q, W_k, W_v] in its largest singular values, and
 in its largest entries: of the first self-attention, as in the figure, and of all together. Arithmetic alone: it is the

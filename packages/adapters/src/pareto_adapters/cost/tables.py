@@ -107,10 +107,10 @@ _LATENCY_TEXT = (
 def _layer_text(width: Width) -> str:
     m1, n1 = width.a_shape
     return (
-        f"{TOKENS} tokens, forward and backward with the input's gradient. A is ({m1}, {n1}). Per token the frozen layer "
-        f"multiplies {width.width**2:,} times and the factorised Kronecker product {_count(width, KRON):,} times, as often "
-        f"as LoRA of rank {width.equal_rank} (√d is {width.width**0.5:.1f}) does. Forming the product first costs "
-        f"{_shown(width.speedup, '{:.1f}')} times as much above the frozen layer."
+        f"{TOKENS} tokens, forward and backward with the input's gradient. A is ({m1}, {n1}). Per token the frozen "
+        f"layer multiplies {width.width**2:,} times and the factorised Kronecker product {_count(width, KRON):,} "
+        f"times, as often as LoRA of rank {width.equal_rank} (√d is {width.width**0.5:.1f}) does. Forming the product "
+        f"first costs {_shown(width.speedup, '{:.1f}')} times as much above the frozen layer."
     )
 
 
