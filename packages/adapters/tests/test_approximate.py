@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from pareto_adapters import KronAConfig, approximation, energy_by_rank, energy_by_share
 from pareto_adapters.approximate import approximable, energy, left_singular, note, self_attentions
-from pareto_core import ModelError
+from pareto_core import ConfigError, ModelError
 
 NAMES = {
     "t5": ("q", "k", "v"),
@@ -65,6 +66,29 @@ def test_energy_curves_by_hand():
     found = energy_by_share(weight, [0.0, 1 / 6, 2 / 6, 1.0]).tolist()
     assert found == pytest.approx([0.0, 16 / 25, 1.0, 1.0])
     assert energy(weight) == 25
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, math.nan, True, "x", None])
+def test_shares_that_are_none_are_refused(share):
+    with pytest.raises(ConfigError, match=r"energy_by_share\.shares = .*: must be numbers from 0 to 1"):
+        energy_by_share(torch.eye(2), [0.5, share])
+
+
+def test_of_nothing_everything_is_kept():
+    zeros = torch.zeros(2, 3)
+    assert energy_by_rank(zeros).tolist() == [1.0, 1.0]
+    assert energy_by_share(zeros, [0.0, 0.5]).tolist() == [1.0, 1.0]
+    assert energy_by_share(zeros, []).tolist() == []
+    assert energy_by_share(torch.eye(2), []).tolist() == []
+
+
+@pytest.mark.parametrize("function", [energy_by_rank, lambda weight: energy_by_share(weight, [0.5])])
+def test_what_has_no_energy_curve_is_refused(function):
+    for weight in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, device="meta")):
+        with pytest.raises(ModelError, match="takes a matrix with values, found"):
+            function(weight)
+    with pytest.raises(ModelError, match="the matrix holds NaN"):
+        function(torch.tensor([[1.0, math.nan]]))
 
 
 @pytest.mark.parametrize("shape", [(6, 18), (7, 7), (9, 4)])

@@ -100,3 +100,13 @@ def test_factors_in_place_of_bias_free_projections_get_biases_too():
     layers = [m for m in model.modules() if isinstance(m, LowRank)]
     assert len(layers) == 6
     assert all(layer.bias.requires_grad and layer.bias.shape == (layer.out_features,) for layer in layers)
+
+
+def test_the_biases_that_t5_gets_are_those_of_table_4_5(t5_base, monkeypatch):
+    monkeypatch.setattr("pareto_adapters.bitfit.check_finite", lambda model: None)  # there are no values
+    norms = 47_616
+    for layer_norms, percent in ((False, 0.1054), (True, 0.1267)):
+        model = BitFit(train_layer_norms=layer_norms).build(TinyTask(architecture="t5"), t5_base)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trained == 234_880 + norms * layer_norms
+        assert round(100 * trained / 222_903_552, 4) == percent  # 0.12 in print

@@ -3,17 +3,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
+from torch.utils.flop_counter import FlopCounterMode
 
 from pareto_adapters.cost import layers, models, tables
 from pareto_adapters.cost.__main__ import main
 from pareto_adapters.cost.timing import Estimate, estimate, extra_ratio, median, ratio, rounds_within, take_turns
-from pareto_core import ModelError, UnsupportedError
+from pareto_core import DataError, ModelError, UnsupportedError
 from pareto_core.task import Protocol
 
 
@@ -90,13 +92,37 @@ def test_a_width_is_checked_then_timed(dtype):
     found = layers.measure(64, 0.0, dtype=dtype)
     rows = {row.case: row for row in found.rows}
     assert found.a_shape == (8, 8)
-    assert found.equal_rank == 8.0
+    assert found.equal_rank == 8
     assert [rows[f"LoRA r={r}"].parameters for r in (1, 2, 4, 8)] == [128, 256, 512, 1024]
     assert rows["Kronecker"].parameters == rows["kron formed, then linear"].parameters == 128
     assert rows["Kronecker"].multiplications == rows["LoRA r=8"].multiplications == 1024
     assert rows["frozen layer"].parameters == rows["merged"].parameters == 0
     assert rows["frozen layer"].ratio == Estimate(1.0, 1.0, 1.0)
     assert all(row.milliseconds.low <= row.milliseconds.value <= row.milliseconds.high for row in found.rows)
+
+
+@pytest.mark.parametrize(("width", "rank"), [(768, 24), (1024, 32), (2048, 32), (4096, 64), (144, 12), (7, 1)])
+def test_lora_of_the_equal_rank_multiplies_as_often(width, rank):
+    m1, n1 = layers.balanced_shape(width)
+    x, b, a = torch.randn(m1, width // m1), torch.randn(width // m1, width // n1), torch.randn(m1, n1)
+    counts = []
+    for first, second in (((x, b), lambda h: (a.T, h)), ((a.T, x), lambda h: (h, b))):
+        with FlopCounterMode(display=False) as counter:
+            torch.mm(*second(torch.mm(*first)))
+        counts.append(counter.get_total_flops() // 2)
+    assert layers.equal_rank(width) == rank <= math.sqrt(width)
+    assert layers.kron_multiplications(width) == min(counts) == 2 * width * rank
+
+
+def test_the_table_has_a_row_of_as_many_multiplications():
+    found = layers.measure(144, 0.0)
+    rows = {row.case: row.multiplications for row in found.rows}
+    assert rows["LoRA r=12"] == rows["Kronecker"] == 3456
+    assert rows["LoRA r=8"] == 2304
+    text = tables.markdown(tables.Costs({"device": "A machine"}, (found,)))
+    assert "multiplies 20,736 times and the factorised Kronecker product 3,456 times" in text
+    assert "as often as LoRA of rank 12 (√d is 12.0)" in text
+    assert "| LoRA r=12 | 3,456 | 3,456 |" in text
 
 
 @pytest.mark.parametrize("case", [layers.KRON, layers.MATERIALISED, layers.MERGED])
@@ -163,7 +189,8 @@ def test_the_tuners_are_the_sizes_of_table_4_5():
         counted[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     norms = 47_616
     shares = {name: round(100 * (count + norms) / 222_903_552, 2) for name, count in counted.items()}
-    assert shares == {**dict.fromkeys(shares, 0.07), "PA": 0.06, "Compacter": shares["Compacter"]}
+    assert shares == {**dict.fromkeys(shares, 0.07), "PA": 0.06}
+    assert counted["Compacter"] == 114_112
 
 
 def test_memory_needs_a_gpu():
@@ -185,6 +212,92 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert figures["64", "Kronecker", "parameters"]["value"] == "128"
     again = stored["widths"][0]["speedup"]
     assert float(figures["64", "Kronecker", "speedup_over_formed"]["low"]) == again["low"]
+
+
+def nothing_may_be_measured(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("measured although it was asked for in vain")
+
+    for module, name in ((layers, "measure"), (models, "measure_latency"), (models, "measure_memory")):
+        monkeypatch.setattr(module, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--device", "xyz", "--device: 'xyz' is not cpu, cuda or cuda:N"),
+        ("--device", "cuda:-1", "--device: 'cuda:-1' is not"),
+        ("--widths", "0", "--widths: 0 is below 1"),
+        ("--seconds", "nan", "--seconds: nan is not a number of at least 0"),
+        ("--seconds", "inf", "--seconds: inf is not"),
+        ("--seconds", "-1", "--seconds: -1.0 is not"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(capsys, monkeypatch, option, value, problem):
+    nothing_may_be_measured(monkeypatch)
+    with pytest.raises(SystemExit, match="2"):
+        main([f"{option}={value}"])
+    assert problem in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    nothing_may_be_measured(monkeypatch)
+    (tmp_path / "file").write_text("")
+    assert main(["--out", str(tmp_path / "file" / "out")]) == 1
+    assert f"error: [Errno 20] Not a directory: '{tmp_path}/file/out'" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    nothing_may_be_measured(monkeypatch)
+
+    def refuse(dir: object) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("pareto_adapters.cost.__main__.tempfile.TemporaryFile", refuse)
+    assert main(["--out", str(tmp_path)]) == 1
+    assert f"error: [Errno 13] Permission denied: '{tmp_path}'" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    nothing_may_be_measured(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["--out", str(tmp_path), "--device", "cuda"]) == 1
+    assert "error: --device cuda: torch sees no GPUs here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["--out", str(tmp_path), "--device", "cuda:1"]) == 1
+    assert "error: --device cuda:1: torch sees 1 GPU here" in capsys.readouterr().err
+
+
+def test_what_was_measured_stays_when_the_next_fails(tmp_path, capsys, monkeypatch):
+    measure = layers.measure
+
+    def twice(width: int, *rest: object) -> layers.Width:
+        if width == 72:
+            raise ModelError("off: not timed")
+        return measure(width, *rest)
+
+    monkeypatch.setattr(layers, "measure", twice)
+    assert main(["--out", str(tmp_path), "--widths", "64", "72", "--seconds", "0", "--models"]) == 1
+    assert "error: off: not timed" in capsys.readouterr().err
+    assert [width["width"] for width in json.loads((tmp_path / "cost.json").read_text())["widths"]] == [64]
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "measure_memory", stop)
+    assert main(["--out", str(tmp_path), "--widths", "64", "--seconds", "0", "--models"]) == 130
+    assert "One layer of width 64" in (tmp_path / "cost.md").read_text()
+
+
+def test_a_model_that_is_not_installed_is_left_out(tmp_path, capsys, monkeypatch):
+    def missing(name: str) -> None:
+        raise DataError("the MiniLM encoder is not installed")
+
+    monkeypatch.setattr(models, "backbone", missing)
+    assert main(["--out", str(tmp_path), "--widths", "--models", "minilm"]) == 0
+    assert "- the MiniLM encoder is not installed" in capsys.readouterr().out
 
 
 def test_tables_show_every_part():

@@ -268,13 +268,44 @@ def test_texts_without_references_are_refused(function, texts, references) -> No
         function(texts, references)
 
 
-def test_no_answers_are_refused() -> None:
+@pytest.mark.parametrize("function", [*FUNCTIONS, nlg.meteor])
+@pytest.mark.parametrize(
+    ("texts", "references", "problem"),
+    [
+        (["the cat"], ["the cat"], "the references of text 0 must be a list of texts, found the string 'the cat'"),
+        (["a", "b"], [["a"], "b"], "the references of text 1 must be a list"),
+        ("the", [["t"], ["h"], ["e"]], "the texts to score must be a list of texts, found the string 'the'"),
+        (["a"], [[None]], "the references of text 0: expected a string, found None"),
+        (["a"], [None], "the references of text 0 must be a list of texts, found None"),
+        ([7], [["a"]], "the texts to score: expected a string, found 7"),
+        (["a"], "a", "references must be a list of lists of texts, found the string 'a'"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(monkeypatch, function, texts, references, problem) -> None:
+    monkeypatch.setattr(nlg, "find_wordnet", NoWordNet)
+    with pytest.raises(DataError, match=problem):
+        function(texts, references)
+
+
+def test_a_scorer_refuses_references_that_are_none() -> None:
+    with pytest.raises(DataError, match="item '2' cannot be scored: it has no references"):
+        nlg.Scorer({"1": ("a",), "2": ()})
+    with pytest.raises(DataError, match="the references of item '1' must be a list of texts, found the string 'a b'"):
+        nlg.Scorer({"1": "a b"})
+
+
+def test_a_scorer_refuses_answers_that_it_cannot_score() -> None:
+    scorer = nlg.Scorer({"1": ("a",)})
     with pytest.raises(DataError, match="no texts to score"):
-        nlg.Scorer({"1": ("a",)}).scores([])
+        scorer.scores([])
+    with pytest.raises(DataError, match="item '2' has no references among the 1 items"):
+        scorer.scores([("1", "a"), ("2", "a")])
+    with pytest.raises(DataError, match="the answer to item '1': expected a string, found None"):
+        scorer.scores([("1", None)])
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     nlg.require_libraries()
     monkeypatch.setattr(nlg.importlib.util, "find_spec", lambda name: None if name == "nltk" else name)
-    with pytest.raises(DataError, match=r'scored with nltk.*pip install "pareto-adapters\[nlg\]"'):
+    with pytest.raises(DataError, match=r'scored with nltk.*pip install "\./packages/adapters\[nlg\]"'):
         nlg.require_libraries()

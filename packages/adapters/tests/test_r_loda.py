@@ -309,6 +309,14 @@ def test_ranks_below_one_are_refused(make_model, rank):
         truncate_projections(make_model("bert"), rank)
 
 
+@pytest.mark.parametrize("rank", [True, 2.0, "3", None])
+def test_ranks_that_are_no_integers_are_refused_and_nothing_is_changed(make_model, rank):
+    model = make_model("bert")
+    with pytest.raises(ConfigError, match=r"truncate_projections\.rank = .*: must be an integer above 0"):
+        truncate_projections(model, rank)
+    assert not any(isinstance(module, (LowRank, SharedFactor)) for module in model.modules())
+
+
 def test_ranks_that_are_too_large_are_refused_and_nothing_is_changed(make_model):
     model = make_model("t5")
     with pytest.raises(ModelError, match=r"rank = 17, but .* 'encoder\.block\.0.*' have rank 16 at most"):

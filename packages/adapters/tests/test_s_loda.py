@@ -104,3 +104,9 @@ def test_bad_fractions_are_refused(make_model, keep):
             method(keep=keep)
     with pytest.raises(ConfigError, match="keep"):
         sparsify_projections(make_model("bert"), keep)
+
+
+@pytest.mark.parametrize("keep", ["x", None, [0.5], True, float("nan")])
+def test_fractions_that_are_no_numbers_are_refused(make_model, keep):
+    with pytest.raises(ConfigError, match=r"sparsify_projections\.keep = .*: must be a number above 0 and at most 1"):
+        sparsify_projections(make_model("bert"), keep)

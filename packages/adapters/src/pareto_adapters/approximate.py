@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from pareto_adapters._build import FUSED_SPELLINGS, SPELLINGS, attach, plain
 from pareto_adapters._peft import FUSED, LinearMap, check_weight, linear_sizes
 from pareto_adapters.loda import NOTE, LoDA
-from pareto_core import Measurement, ModelError
+from pareto_core import ConfigError, Measurement, ModelError
 from pareto_core.weights import require_files
 
 if TYPE_CHECKING:
@@ -157,16 +157,42 @@ def energy(weight: torch.Tensor) -> float:
 
 
 def energy_by_rank(weight: torch.Tensor) -> torch.Tensor:
-    """The share of the energy of ``weight`` in its R largest singular values, for R = 1 … min(shape): figure 5.2a."""
-    squares, _ = left_singular(weight)
-    return (squares.cumsum(0) / squares.sum())[: min(weight.shape)]
+    """The share of the energy of ``weight`` in its R largest singular values, for R = 1 … min(shape): figure 5.2a.
+
+    Of a matrix of zeros, all of it. Raises :class:`ModelError` for what is no finite matrix.
+    """
+    _check_matrix("energy_by_rank", weight)
+    running = left_singular(weight)[0].cumsum(0)[: min(weight.shape)]
+    return running / running[-1] if running[-1] else torch.ones_like(running)
 
 
 def energy_by_share(weight: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
-    """The share of the energy of ``weight`` in its largest entries, for each of ``shares`` of them: figure 5.2b."""
-    running = weight.double().square().flatten().sort(descending=True).values.cumsum(0)
-    counts = [round(share * weight.numel()) for share in shares]
-    return torch.stack([running[count - 1] if count else running.new_zeros(()) for count in counts]) / running[-1]
+    """The share of the energy of ``weight`` in its largest entries, for each of ``shares`` of them: figure 5.2b.
+
+    Of a matrix of zeros, all of it. Raises :class:`ConfigError` for a share outside [0, 1], and :class:`ModelError` for
+    what is no finite matrix.
+    """
+    for share in shares:
+        if not (is_number(share) and 0 <= share <= 1):
+            raise ConfigError("energy_by_share", "shares", share, "must be numbers from 0 to 1")
+    _check_matrix("energy_by_share", weight)
+    ordered = weight.double().square().flatten().sort(descending=True).values
+    running = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
+    if not running[-1]:
+        return torch.ones(len(shares), dtype=running.dtype, device=running.device)
+    return running[[round(share * weight.numel()) for share in shares]] / running[-1]
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an integer or a float; a boolean is neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_matrix(function: str, weight: torch.Tensor) -> None:
+    if weight.dim() != 2 or not weight.numel() or weight.is_meta:
+        raise ModelError(f"{function} takes a matrix with values, found {tuple(weight.shape)} on {weight.device}")
+    if not bool(weight.isfinite().all()):
+        raise ModelError(f"{function} takes finite values, and the matrix holds NaN or infinite ones")
 
 
 def left_singular(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,8 +121,8 @@ def truncate_projections(model: PreTrainedModel, rank: int) -> None:
     """Replace W_proj of every self-attention by its approximation of rank ``rank``, in place.
 
     :func:`~pareto_adapters.approximate.approximation` then tells the energy that is left. Raises :class:`ConfigError`
-    for a rank below 1, and :class:`ModelError`, before anything is changed, for a model whose projections are not plain
-    or have no more than ``rank`` dimensions.
+    for a rank that is no integer above 0, and :class:`ModelError`, before anything is changed, for a model whose
+    projections are not plain or have fewer than ``rank`` dimensions.
     """
     energies = {}
     for attention in _of_rank(model, rank):
@@ -134,8 +134,8 @@ def truncate_projections(model: PreTrainedModel, rank: int) -> None:
 
 
 def _of_rank(model: PreTrainedModel, rank: int) -> list[Attention]:
-    if rank < 1:
-        raise ConfigError("truncate_projections", "rank", rank, "must be above 0")
+    if type(rank) is not int or rank < 1:
+        raise ConfigError("truncate_projections", "rank", rank, "must be an integer above 0")
     attentions = approximable(model)
     for attention in attentions:
         full = min(attention.matrix().shape)

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pareto_adapters.approximate import ApproximatedLoDA, approximable, energy, note
+from pareto_adapters.approximate import ApproximatedLoDA, approximable, energy, is_number, note
 from pareto_adapters.loda import LoDAPlus
 from pareto_core import ConfigError
 
@@ -36,11 +36,11 @@ def sparsify_projections(model: PreTrainedModel, keep: float) -> None:
     """Zero all but the fraction ``keep`` of the entries of W_proj of every self-attention, in place.
 
     :func:`~pareto_adapters.approximate.approximation` then tells the energy that is left. Raises :class:`ConfigError`
-    for a fraction outside (0, 1], and :class:`ModelError`, before anything is changed, for a model whose projections
+    for what is no number in (0, 1], and :class:`ModelError`, before anything is changed, for a model whose projections
     are not plain.
     """
-    if not 0 < keep <= 1:
-        raise ConfigError("sparsify_projections", "keep", keep, "must be above 0 and at most 1")
+    if not (is_number(keep) and 0 < keep <= 1):
+        raise ConfigError("sparsify_projections", "keep", keep, "must be a number above 0 and at most 1")
     energies = {}
     for attention in approximable(model):
         weight = attention.matrix()

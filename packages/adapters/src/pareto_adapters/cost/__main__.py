@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
+import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from pareto_adapters import cost
 from pareto_adapters.cost import layers, models, tables
-from pareto_core import UnsupportedError
+from pareto_core import DataError, ParetoError, UnsupportedError
 
 WIDTHS = (768, 1024, 2048, 4096)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; what no machine can do ends the program with the option's name."""
     parser = argparse.ArgumentParser(prog="python -m pareto_adapters.cost", description=cost.__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/cost"), help="where the tables go")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -27,34 +31,70 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="*", choices=models.MODELS, default=models.MODELS, help="models whose latency is taken"
     )
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if re.fullmatch(r"cpu|cuda(:\d+)?", asked.device) is None:
+        parser.error(f"--device: {asked.device!r} is not cpu, cuda or cuda:N")
+    if min(asked.widths, default=1) < 1:
+        parser.error(f"--widths: {min(asked.widths)} is below 1")
+    if not 0 <= asked.seconds < math.inf:
+        parser.error(f"--seconds: {asked.seconds} is not a number of at least 0")
+    return asked
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure what was asked for; what cannot be done here is listed with its reason."""
-    asked = parse(arguments)
+    asked, code = parse(arguments), 0
+    try:
+        prepare(asked.device, asked.out)
+        costs = tables.Costs(tables.machine(asked.device, getattr(torch, asked.dtype)))
+        try:
+            for measured in measure(asked, costs):
+                costs = measured
+                tables.write(costs, asked.out)  # at once: what is measured stays, whatever comes
+        except KeyboardInterrupt:
+            print("\ninterrupted: what was measured until now is kept", file=sys.stderr)
+            code = 130
+        written = tables.write(costs, asked.out)
+    except (ParetoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(tables.markdown(costs))
+    for path in written:
+        print(f"written: {path}", file=sys.stderr)
+    return code
+
+
+def prepare(device: str, out: Path) -> None:
+    """Make the folder ``out``; raises OSError where it cannot be written, UnsupportedError where there is no device."""
+    if device.startswith("cuda"):
+        number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+        if number >= count:
+            raise UnsupportedError(f"--device {device}: torch sees {count or 'no'} GPU{'s' * (count != 1)} here")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
+
+
+def measure(asked: argparse.Namespace, costs: tables.Costs) -> Iterator[tables.Costs]:
+    """``costs`` after each table that was added, or left out with its reason."""
     dtype = getattr(torch, asked.dtype)
-    left_out: list[str] = []
-    latencies: list[models.Latency] = []
-    memories: tuple[models.Memory, ...] = ()
-    widths = tuple(
-        layers.measure(width, asked.seconds, asked.device, dtype, progress(f"layer of width {width}"))
-        for width in asked.widths
-    )
+    for width in asked.widths:
+        found = layers.measure(width, asked.seconds, asked.device, dtype, progress(f"layer of width {width}"))
+        costs = dataclasses.replace(costs, widths=(*costs.widths, found))
+        yield costs
     for name in asked.models:
         try:
-            latencies += models.measure_latency(name, asked.device, progress(f"latency of {name}"))
-        except UnsupportedError as error:
-            left_out.append(str(error))
+            latencies = models.measure_latency(name, asked.device, progress(f"latency of {name}"))
+            costs = dataclasses.replace(costs, latencies=(*costs.latencies, *latencies))
+        except (UnsupportedError, DataError) as error:
+            costs = dataclasses.replace(costs, left_out=(*costs.left_out, str(error)))
+        yield costs
     try:
         memories = models.measure_memory(asked.device, progress("memory"))
+        costs = dataclasses.replace(costs, memories=memories)
     except UnsupportedError as error:
-        left_out.append(str(error))
-    costs = tables.Costs(tables.machine(asked.device, dtype), widths, tuple(latencies), memories, tuple(left_out))
-    print(tables.markdown(costs))
-    for path in tables.write(costs, asked.out):
-        print(f"written: {path}", file=sys.stderr)
-    return 0
+        costs = dataclasses.replace(costs, left_out=(*costs.left_out, str(error)))
+    yield costs
 
 
 def progress(what: str) -> Callable[[float], None]:

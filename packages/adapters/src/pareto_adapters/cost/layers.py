@@ -46,11 +46,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Width:
-    """All cases at one width, and how many times as much as the factorised product the formed one costs."""
+    """All cases at one width, and how many times as much as the factorised product the formed one costs.
+
+    LoRA of rank ``equal_rank`` multiplies as often as the factorised product.
+    """
 
     width: int
     a_shape: tuple[int, int]
-    equal_rank: float
+    equal_rank: int
     rows: tuple[Row, ...]
     speedup: Estimate
 
@@ -75,6 +78,17 @@ def balanced_shape(width: int) -> tuple[int, int]:
     return m1, width // m1
 
 
+def kron_multiplications(width: int) -> int:
+    """Of the factorised product per token, at the balanced shape and in the cheaper order."""
+    m1, n1 = balanced_shape(width)
+    return min(multiplications(m1, n1, width // m1, width // n1))
+
+
+def equal_rank(width: int) -> int:
+    """The rank at which LoRA multiplies as often as the factorised product: m1 of the balanced shape, at most √d."""
+    return kron_multiplications(width) // (2 * width)
+
+
 def cases(width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
     """Every case by name, the frozen weight shared by all but the merged one; adapters hold random weights.
 
@@ -84,7 +98,7 @@ def cases(width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     shape = balanced_shape(width)
     weight = nn.Parameter(torch.randn(width, width, device=device, dtype=dtype) / math.sqrt(width), requires_grad=False)
     found: dict[str, nn.Module] = {FROZEN: _linear(weight)}
-    for rank in RANKS:
+    for rank in sorted({*RANKS, equal_rank(width)}):
         lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
         found[f"LoRA r={rank}"] = _randomised(inject_adapter_in_model(lora, nn.Sequential(_linear(weight))))
     config = KronAConfig(a_shape=shape, target_modules=["0"])
@@ -125,21 +139,19 @@ def measure(
     check(found, x, g)
     calls = {name: _pass(module, x, g) for name, module in found.items()}
     times = take_turns(calls, rounds_within(calls, seconds, device), device, done)
-    (m1, n1) = shape = balanced_shape(width)
-    kron = min(multiplications(m1, n1, width // m1, width // n1))
     return Width(
         width=width,
-        a_shape=shape,
-        equal_rank=kron / (2 * width),
-        rows=tuple(_row(width, name, module, kron, times) for name, module in found.items()),
+        a_shape=balanced_shape(width),
+        equal_rank=equal_rank(width),
+        rows=tuple(_row(width, name, module, times) for name, module in found.items()),
         speedup=estimate(extra_ratio, times[MATERIALISED], times[KRON], times[FROZEN]),
     )
 
 
-def _row(width: int, name: str, module: nn.Module, kron: int, times: Times) -> Row:
+def _row(width: int, name: str, module: nn.Module, times: Times) -> Row:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     # LoRA multiplies with each weight once; a formed product takes as much as the layer, beside what forms it.
-    products = {KRON: kron, MATERIALISED: width * width}.get(name, trained)
+    products = {KRON: kron_multiplications(width), MATERIALISED: width * width}.get(name, trained)
     return Row(
         width=width,
         case=name,

@@ -107,10 +107,15 @@ _LATENCY_TEXT = (
 def _layer_text(width: Width) -> str:
     m1, n1 = width.a_shape
     return (
-        f"{TOKENS} tokens, forward and backward with the input's gradient. A is ({m1}, {n1}). The factorised Kronecker "
-        f"product multiplies as often as LoRA of rank {width.equal_rank:.0f}; forming the product first costs "
-        f"{_shown(width.speedup, '{:.1f}')} times as much above the frozen layer."
+        f"{TOKENS} tokens, forward and backward with the input's gradient. A is ({m1}, {n1}). Per token the frozen "
+        f"layer multiplies {width.width**2:,} times and the factorised Kronecker product {_count(width, KRON):,} "
+        f"times, as often as LoRA of rank {width.equal_rank} (√d is {width.width**0.5:.1f}) does. Forming the product "
+        f"first costs {_shown(width.speedup, '{:.1f}')} times as much above the frozen layer."
     )
+
+
+def _count(width: Width, case: str) -> int:
+    return next(row.multiplications for row in width.rows if row.case == case)
 
 
 def _layer_table(width: Width) -> str:
@@ -126,7 +131,7 @@ def _layer_table(width: Width) -> str:
                 "" if row.case == FROZEN else _shown(above, "{:+.1f}"),
             )
         )
-    return _table(["case", "trained", "multiplications per token", "ms", "above the frozen layer, %"], rows)
+    return _table(["case", "trained", "more multiplications per token", "ms", "above the frozen layer, %"], rows)
 
 
 def _latency_table(latencies: Iterable[Latency]) -> str:
