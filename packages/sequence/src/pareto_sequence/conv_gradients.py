@@ -28,7 +28,7 @@ class KernelConv(torch.autograd.Function):
     @staticmethod
     def kernel_gradients(ctx: Any, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> tuple[Any, ...]:
         """Gradients with respect to x, weight and bias where ``ctx.needs_input_grad``, outside the graph."""
-        raise NotImplementedError
+        raise TypeError("a convolution by kernels must define kernel_gradients(ctx, x, weight, grad)")
 
     @classmethod
     def backward(cls, ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
