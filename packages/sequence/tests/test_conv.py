@@ -202,15 +202,6 @@ def test_without_gradients(implementation):
 
 
 @needs_native
-def test_native_gradients_are_not_differentiable_again():
-    x, weight, _ = (v.requires_grad_() for v in example(1, 2, 9, 3))
-    y = depthwise_conv(x, weight, implementation="native")
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_through_single(dtype):
     x, weight, bias = (v.to(dtype).requires_grad_() for v in example(2, 3, 200, 11))

@@ -43,9 +43,9 @@ def test_steps_of_chosen_sequences():
 def test_bad_steps():
     x, weight, _ = example(3, 2, 9, 4)
     state = ConvState.empty(x[..., 0], 4, 2)
-    with pytest.raises(ModelError, match=r"state.ring has shape \(7, 3, 2\); kernel size 4, dilation 3"):
+    with pytest.raises(ModelError, match=r"state.ring is for a span of 6 and .*; kernel size 4, dilation 3 .* need 9"):
         conv_step(x[..., 0], state, weight, dilation=3)
-    with pytest.raises(ModelError, match=r"state\.ring has shape"):
+    with pytest.raises(ModelError, match=r"inputs of shape \(3, 2\); .* need 6 and \(1, 2\)"):
         conv_step(x[:1, :, 0], state, weight, dilation=2)
     with pytest.raises(ModelError, match=r"x has shape \(3, 2, 9\); one step"):
         conv_step(x, state, weight, dilation=2)
@@ -67,3 +67,26 @@ def test_a_step_keeps_no_graph():
     y, state = conv_step(x[..., 0], None, weight)
     assert not y.requires_grad
     assert not state.ring.requires_grad
+
+
+@pytest.mark.parametrize(("taps", "dilation"), [(2, 10), (3, 7), (4, 5), (2, 900)])
+@pytest.mark.parametrize("first_rows", [1, 2, 5])
+def test_a_growing_ring_holds_what_the_filter_still_reads(taps, dilation, first_rows, monkeypatch):
+    monkeypatch.setattr("pareto_sequence.conv.FIRST_ROWS", first_rows)
+    x, weight, bias = example(2, 3, 61, taps)
+    wanted = depthwise_conv(x, weight, bias, dilation=dilation, implementation="reference")
+    for begin in (0, 1, 3, 14, 30):
+        state = ConvState.after(x[..., :begin], taps, dilation) if begin else ConvState.empty(x[..., 0], taps, dilation)
+        for t in range(begin, 61):
+            y, state = conv_step(x[..., t], state, weight, bias, dilation)
+            torch.testing.assert_close(y, wanted[..., t], rtol=1e-6, atol=1e-5)
+        span = (taps - 1) * dilation
+        assert len(state.ring) <= min(span + 1, 2 * 61)
+
+
+def test_a_filter_longer_than_memory_steps():
+    x, weight, bias = example(1, 2, 5, 2)
+    state = ConvState.after(x[..., :3], 2, 2**31 - 1)
+    y, state = conv_step(x[..., 3], state, weight, bias, 2**31 - 1)
+    torch.testing.assert_close(y, weight[:, 1] * x[..., 3] + bias)
+    assert len(state.ring) == 256

@@ -39,6 +39,15 @@ for padding in ("causal", "circular"):
         wanted.backward(grad.double())
         for got, right in zip(single, double):
             torch.testing.assert_close(got.grad.double(), right.grad, rtol=1e-5, atol=5e-5)
+seconds = []
+for implementation in ("triton", "reference"):
+    torch.manual_seed(1)
+    x, weight = (torch.randn(s, requires_grad=True) for s in ((1, 2, 20), (2, 3)))
+    y = depthwise_conv(x * x, weight, dilation=2, implementation=implementation)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    seconds.append(torch.autograd.grad(slope.square().sum(), (x, weight)))
+for got, right in zip(*seconds):
+    torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
 for dtype in (torch.bfloat16, torch.float16):
     x, weight = (torch.randn(s).to(dtype).requires_grad_() for s in ((2, 3, 90), (3, 5)))
     y = depthwise_conv(x, weight, dilation=2, implementation="triton")

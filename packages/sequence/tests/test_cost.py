@@ -227,6 +227,71 @@ def test_leaving_the_mixer_out_leaves_the_rest():
         models.without_mixer(built[models.TCNCA])
 
 
+def test_outputs_are_compared_at_the_whole_length_and_gradients_at_a_part(monkeypatch):
+    monkeypatch.setattr(models, "CHECKED", 8)
+    lengths: dict[str, list[int]] = {"answers": [], "outputs": []}
+    answers, outputs = models.answers, models.check_outputs
+    monkeypatch.setattr(models, "answers", lambda case: (lengths["answers"].append(0), answers(case))[1])
+    monkeypatch.setattr(models, "check", lambda built, shape, length, device: lengths["answers"].append(length))
+
+    def at(built, shape, length, device):
+        lengths["outputs"].append(length)
+        outputs(built, shape, length, device)
+
+    monkeypatch.setattr(models, "check_outputs", at)
+    rows = list(models.measure([20], [TINY], QUICK, quiet))
+    assert lengths == {"answers": [8], "outputs": [20]}
+    assert {row.place["checked"] for row in rows} == {20}
+
+
+def test_a_model_that_is_wrong_beyond_the_part_is_not_timed(monkeypatch):
+    monkeypatch.setattr(models, "CHECKED", 8)
+    build = models.models
+
+    def wrong(*arguments):
+        found = build(*arguments)
+        first = next(module for module in found[models.TCNCA].modules() if isinstance(module, TCN))
+        # Wrong from position 10 on: the check at 8 positions sees nothing of it.
+        first.register_forward_hook(lambda module, inputs, y: y + (torch.arange(y.shape[1]) >= 10)[:, None] * 3 * y)
+        return found
+
+    monkeypatch.setattr(models, "models", wrong)
+    with pytest.raises(ModelError, match="length 20, width 16: its logits is off"):
+        list(models.measure([20], [TINY], QUICK, quiet))
+    with pytest.raises(ModelError, match="length 24, width 16: its logits is off"):
+        list(models.measure_tokens([8, 24], TINY, QUICK, quiet))
+
+
+def test_what_memory_did_not_let_compare_is_in_the_table(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(models, "CHECKED", 8)
+    monkeypatch.setattr(models, "check_outputs", fail)
+    assert {row.place["checked"] for row in models.measure([20], [TINY], QUICK, quiet)} == {8}
+    rows = list(models.measure_tokens([6, 20], TINY, QUICK, quiet))
+    assert {(row.place["length"], row.place["checked"]) for row in rows} == {(6, 6), (20, 6)}
+
+
+@pytest.mark.parametrize("decoding", [True, False])
+def test_an_average_that_is_not_its_recurrence_is_not_timed(decoding):
+    shape = dataclasses.replace(TINY, decoding=decoding)
+    built = models.models(20, shape, "cpu")
+    models.check_average(built[models.BASE], shape, 20, "cpu")
+    average = next(module for module in built[models.BASE].modules() if isinstance(module, DampedEMA))
+    average.register_forward_hook(lambda module, inputs, y: y * 1.001)
+    with pytest.raises(ModelError, match="its moving average is off"):
+        models.check(built, shape, 20, "cpu")
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_the_recurrence_is_the_average_in_double_precision(bidirectional):
+    torch.manual_seed(0)
+    module = DampedEMA(3, 4, bidirectional=bidirectional).double()
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    torch.testing.assert_close(averages.recurrence(module, x), module(x))
+
+
 def test_where_memory_ends_a_whole_cell_says_so(monkeypatch):
     def fail(*_):
         raise MemoryError
@@ -305,6 +370,19 @@ def test_options_are_checked(capsys, tmp_path):
     with pytest.raises(SystemExit):
         parse(["--lengths", "0"])
     assert "--lengths: must be at least 1" in capsys.readouterr().err
+    for option, value, message in (
+        ("--device", "foo", "'foo' is none of cpu, cuda and cuda:N"),
+        ("--device", "mps", "'mps' is none of"),
+        ("--device", "cuda:x", "'cuda:x' is none of"),
+        ("--memory", "-1", "--memory: must be a finite number of GiB above 0"),
+        ("--memory", "0", "--memory: must be"),
+        ("--memory", "nan", "--memory: must be"),
+        ("--seconds", "inf", "--seconds: must be a finite number"),
+    ):
+        with pytest.raises(SystemExit):
+            parse([option, value])
+        assert message in capsys.readouterr().err
+    assert parse(["--device", "cuda:1", "--memory", "0.5"]).device == "cuda:1"
     with pytest.raises(SystemExit):
         parse(["--help"])
     shown = capsys.readouterr().out

@@ -147,6 +147,25 @@ def test_steps_agree_with_the_float64_recurrence(length, linear):
         assert_channels_close(ema(x), y.double().numpy())
 
 
+@pytest.mark.parametrize("algorithm", ["fft", "factored", "truncated"])
+@pytest.mark.parametrize("deviation", [0.2, 2.0, 6.0])
+def test_errors_stay_within_1e_5_of_what_a_channel_could_give(algorithm, deviation, linear):
+    """Inputs of alternating sign cancel in slow averages: the output says little of the sum that it comes from."""
+    length = 5000 if algorithm == "truncated" else 65536
+    x = (1.0 - 2.0 * (torch.arange(length) % 2))[None, :, None].expand(1, length, 6)
+    for seed in range(3):
+        ema = make(6, 16, seed, algorithm=algorithm)
+        with torch.no_grad():
+            ema.alpha_logit.normal_(std=deviation)
+            ema.delta_logit.normal_(std=deviation)
+            ema.omega.zero_()
+            impulse = torch.zeros(1, length, 6)
+            impulse[:, 0] = 1.0
+            largest = np.abs(average(ema, impulse)).sum((0, 1))  # of an input within -1 and 1
+            error = np.abs(ema(x).double().numpy() - average(ema, x)).max((0, 1))
+        assert (error <= 1e-5 * largest).all(), error / largest
+
+
 def test_steps_agree_over_65536_tokens(linear):
     ema = extremes()
     x = torch.ones(1, 65536, ema.width)  # of one sign: rounding of the state adds up

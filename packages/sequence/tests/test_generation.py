@@ -1,10 +1,12 @@
+import copy
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from pareto_core.errors import UnsupportedError
+from pareto_core.errors import ModelError, UnsupportedError
 from pareto_sequence.configuration import MIXERS, SequenceConfig
 from pareto_sequence.generation import SequenceState, select_rows, tensors_of
 from pareto_sequence.modeling import SequenceForCausalLM
@@ -239,3 +241,61 @@ def test_the_emas_state_after_a_prompt_is_that_of_its_recurrence(length: int) ->
     torch.testing.assert_close(ema.state_after(x), state, rtol=1e-9, atol=1e-9)
     with pytest.raises(UnsupportedError, match="runs both ways"):
         MaskedEMA(3, 4, bidirectional=True).prefill(x)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_state_belongs_to_no_graph_and_can_be_copied(mixer: str) -> None:
+    decoder, ids = model(mixer=mixer), tokens(2, 8)
+    output = decoder(ids[:, :7], use_cache=True)
+    assert output.logits.requires_grad  # the prompt itself is trained on as ever
+    state = output.past_key_values
+    assert not any(tensor.requires_grad for tensor in tensors_of(state.layers))
+    twin = copy.deepcopy(state)
+    first, second = (decoder(ids[:, 7:], past_key_values=each).logits for each in (state, twin))
+    assert torch.equal(first, second)
+    assert not any(tensor.requires_grad for tensor in tensors_of(state.layers))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_continues_from_a_state_has_no_gradient(mixer: str) -> None:
+    decoder, ids = model(mixer=mixer), tokens(2, 12)
+    state = decoder(ids[:, :7], use_cache=True).past_key_values
+    with pytest.raises(UnsupportedError, match="labels with past_key_values"):
+        decoder(ids[:, 7:], past_key_values=copy.deepcopy(state), labels=ids[:, 7:])
+    with torch.no_grad():
+        scored = decoder(ids[:, 7:], past_key_values=copy.deepcopy(state), labels=ids[:, 7:])
+    whole = decoder(ids).logits[:, 7:-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(whole, ids[:, 8:].flatten())
+    torch.testing.assert_close(scored.loss, expected, rtol=1e-4, atol=1e-5)
+    logits = decoder(ids[:, 7:], past_key_values=state).logits
+    assert not logits.requires_grad  # a backward pass would be an error, rather than half a gradient
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_reading_a_prompt_with_a_state_trains_as_without(mixer: str) -> None:
+    decoder, ids = model(mixer=mixer), tokens(2, 9)
+    parameters = list(decoder.parameters())
+    plain = torch.autograd.grad(decoder(ids, labels=ids).loss, parameters)
+    kept = torch.autograd.grad(decoder(ids, labels=ids, use_cache=True).loss, parameters)
+    for one, other in zip(plain, kept, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_other_states_and_masks_are_refused() -> None:
+    decoder, ids = model(), tokens(2, 6)
+    with pytest.raises(ModelError, match="past_key_values is a DynamicCache: must be the SequenceState"):
+        decoder(ids, past_key_values=DynamicCache())
+    with pytest.raises(ModelError, match=r"attention_mask has shape \(5, 99\): must be the inputs' \(2, 6\)"):
+        decoder(ids, attention_mask=torch.ones(5, 99), use_cache=True)
+    state = decoder(ids, use_cache=True).past_key_values
+    with pytest.raises(ModelError, match=r"\(2, 4\): must be the inputs' \(2, 1\), or \(2, 7\) with the 6 before"):
+        decoder(ids[:, :1], attention_mask=torch.ones(2, 4), past_key_values=state)
+    for columns in (1, 7):
+        again = copy.deepcopy(state)
+        assert decoder(ids[:, :1], attention_mask=torch.ones(2, columns), past_key_values=again).logits.isfinite().all()
+
+
+def test_filters_that_span_billions_of_positions_generate() -> None:
+    decoder, ids = model(mixer="tcnca", kernel_size=2, dilation_factor=2 * 10**9, tcn_depth=2), tokens(1, 11)
+    found = decoder.generate(ids, max_new_tokens=3, do_sample=False)
+    assert found.tolist() == decoder.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False).tolist()

@@ -132,6 +132,16 @@ def test_parameters_are_matched_by_the_width(cls, task):
     assert config.hidden_size % method.width_step() == 0
 
 
+def test_a_single_head_with_a_table_of_biases_takes_any_width():
+    """The sizes of ListOps: an even width is off by more than 1 %, and would need another ``ffn_size``."""
+    fields = {"num_layers": 6, "hidden_size": 80, "ffn_size": 160, "prenorm": False, "chunk_size": 128}
+    fields |= {"bias": "simple", "dilation_factor": 14, "tcn_depth": 2}
+    match = {"method": "tcnca", "value_size": 160, "shared_size": 64, "bias": "simple"}
+    config = TCNCGSHA(**fields, match=match).configuration(Shape(causal=False, labels=10, vocabulary=16, length=2000))
+    assert (config.hidden_size, config.ffn_size) == (107, 160)
+    assert TCNCGSHA(bias="rotary").width_step() == 2
+
+
 def test_what_match_does_not_say_is_as_in_the_method_itself():
     task = Shape(length=64)
     method = small(TCNCGSHA, hidden_size=48, match={"method": "tcnca", "value_size": 96})

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from pareto_core.errors import ConfigError, DataError, ModelError, UnsupportedError
+from pareto_sequence.blocks import DenseAttention
 from pareto_sequence.configuration import MIXERS, SequenceConfig
 from pareto_sequence.matching import parameter_count, parameter_matched
 from pareto_sequence.modeling import (
@@ -180,6 +182,41 @@ def test_pooling_by_hand() -> None:
     assert pool(x, mask, "last").tolist() == [[2.0, 3.0], [10.0, 11.0]]
 
 
+def test_pooling_reads_nothing_of_what_the_mask_hides() -> None:
+    x = torch.tensor([[[1.0], [3.0], [float("nan")]]])
+    mask = torch.tensor([[1, 1, 0]])
+    assert pool(x, mask, "mean").tolist() == [[2.0]]
+    assert pool(x, mask, "last").tolist() == [[3.0]]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dense_attention_reads_nothing_of_what_the_mask_hides(causal: bool) -> None:
+    torch.manual_seed(0)
+    attention = DenseAttention(8, 2, causal=causal, rotary=True)
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    expected = attention(x[:1, :3])
+    x[0, 3], x[0, 4] = float("inf"), float("nan")
+    torch.testing.assert_close(attention(x, mask)[:1, :3], expected)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("hidden", [float("nan"), float("inf"), 1e30])
+def test_nothing_that_is_padded_comes_through(mixer: str, causal: bool, pooling: str, hidden: float) -> None:
+    torch.manual_seed(0)
+    changes = {"mixer": mixer, "causal": causal, "pooling": pooling, "inputs": "values"}
+    reader = SequenceForSequenceClassification(config(**changes)).eval()
+    values, mask = torch.rand(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    expected = reader(input_values=values[:1, :5]).logits
+    values[0, 5:] = hidden
+    output = reader(input_values=values, attention_mask=mask, labels=torch.tensor([0, 1]))
+    torch.testing.assert_close(output.logits[:1], expected, rtol=1e-4, atol=1e-5)
+    output.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in reader.parameters())
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_model_returns_the_same(mixer: str, tied: bool, tmp_path: Path) -> None:
@@ -205,6 +242,41 @@ def test_a_saved_classifier_keeps_its_running_figures(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(tokens(2, 7)).logits, model(tokens(2, 7)).logits, rtol=0, atol=0)
     with pytest.raises(DataError, match=r"no config\.json"):
         load_model(tmp_path / "nothing")
+
+
+def changed(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Tensor]:
+    name = "model.layers.0.temporal.mixer.blocks.0.weight"
+    if change == "missing":
+        return {key: value for key, value in tensors.items() if key != name}
+    return tensors | ({name: torch.zeros(16, 9)} if change == "mismatched" else {"model.extra": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
+def test_weights_that_are_not_the_models_are_refused(change: str, tmp_path: Path) -> None:
+    language_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(changed(load_file(path), change), path, metadata={"format": "pt"})
+    key = "model.extra" if change == "unexpected" else r"model\.layers\.0\.temporal\.mixer\.blocks\.0\.weight"
+    with pytest.raises(DataError, match=key):
+        load_model(tmp_path)
+
+
+def test_files_that_cannot_be_read_are_data_errors(tmp_path: Path) -> None:
+    model = language_model()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(str(tmp_path)).lm_head.weight, model.lm_head.weight)
+    (tmp_path / "model.safetensors").write_bytes(b"xx")
+    with pytest.raises(DataError, match="the saved model cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="the saved model cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match="the saved model cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(DataError, match="the saved model cannot be read"):
+        load_model(tmp_path)
 
 
 def test_initialisation_is_megas() -> None:
@@ -276,6 +348,16 @@ def test_matched_configurations_have_as_many_parameters(mixer: str) -> None:
     assert abs(parameter_count(matched) / parameter_count(original) - 1) <= 0.01
 
 
+@pytest.mark.parametrize(("bias", "step"), [("rotary", 2), ("simple", 1)])
+def test_a_single_heads_width_is_even_where_it_is_turned(bias: str, step: int) -> None:
+    original = config(hidden_size=9, bias=bias, shared_size=6, value_size=30)
+    widths = set()
+    for ffn_size in range(20, 60, 5):
+        original.ffn_size = ffn_size
+        widths.add(parameter_matched(original, "tcncgsha", tolerance=0.2).hidden_size % 2)
+    assert widths == ({0} if step == 2 else {0, 1})
+
+
 def test_matching_says_where_it_cannot() -> None:
     tiny = config(num_heads=8, hidden_size=16, value_size=50)
     with pytest.raises(UnsupportedError, match=r"no width in steps of 16 gives mixer .tcncmha. within 1\.0%"):
@@ -310,6 +392,8 @@ BAD = [
     ({"kernel_size": 0}, "kernel_size"),
     ({"dilation_factor": 0}, "dilation_factor"),
     ({"dilation_factor": 50000, "tcn_depth": 3}, "dilation_factor"),
+    ({"dilation_factor": 10**6, "tcn_depth": 4, "kernel_size": 1}, "dilation_factor"),
+    ({"dilation_factor": 10**6, "tcn_depth": 2000}, "dilation_factor"),
     ({"tcn_depth": 0}, "tcn_depth"),
     ({"conv_implementation": "cudnn"}, "conv_implementation"),
     ({"positions": "learned"}, "positions"),

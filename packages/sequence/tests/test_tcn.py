@@ -113,6 +113,9 @@ def test_bad_input_is_refused_by_name() -> None:
         ((4, 3, 0, 2), "dilation_factor = 0"),
         ((4, 3, 2, 0), "depth = 0"),
         ((4, 3, 2000, 4), "dilation_factor = 2000: .* must be below 2147483648"),
+        ((4, 1, 10**6, 4), r"dilation_factor = 1000000: dilation_factor\^\(depth - 1\) must be below 2147483648"),
+        ((4, 3, 10**6, 2000), "dilation_factor = 1000000: .* must be below"),
+        ((4, 3, 10**5000, 2), "dilation_factor = a value of type int that is too large to show: .* must be below"),
     ]:
         with pytest.raises(ModelError, match=message):
             TCN(*arguments)
@@ -125,3 +128,12 @@ def test_bad_input_is_refused_by_name() -> None:
         tcn(torch.randn(1, 3, 5))
     with pytest.raises(UnsupportedError, match="circular"):
         TCN(4, 3, 2, 2, circular=True).step(torch.randn(1, 4))
+    with pytest.raises(ModelError, match="implementation = 'bogus': expected one of auto, reference"):
+        TCN(4, 3, 2, 2, implementation="bogus")
+
+
+def test_a_decoder_reads_nothing_of_what_the_mask_hides() -> None:
+    tcn = perturbed(TCN(4, 3, 2, 2)).eval()
+    x, mask = torch.randn(1, 9, 4), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    x[0, 1] = float("nan")
+    torch.testing.assert_close(tcn(x, mask)[:, 3:], tcn(x[:, 3:]))

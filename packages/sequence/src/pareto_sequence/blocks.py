@@ -109,12 +109,15 @@ class DenseAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map (B, L, D) to the same shape; keys where ``mask`` is 0 are not attended to."""
+        """Map (B, L, D) to the same shape; keys where ``mask`` is 0 are not attended to, whatever is there."""
+        if mask is not None:
+            x = x.masked_fill(~mask.bool()[..., None], 0.0)  # a weight of 0 would not stop an infinity
         return self._attend(x, mask)[0]
 
     def prefill(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Map (B, L, D) to the same shape and return keys and values, each (B, heads, L, D / heads)."""
-        return self._attend(x, None)
+        """Map (B, L, D) to the same shape and return keys and values, (B, heads, L, D / heads), outside the graph."""
+        y, (k, v) = self._attend(x, None)
+        return y, (k.detach(), v.detach())
 
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Advance by one position, x (B, D); the state grows by one key and value."""

@@ -16,14 +16,13 @@ from transformers import PreTrainedConfig
 
 from pareto_core.config import convert
 from pareto_core.errors import ConfigError
+from pareto_sequence._span import reach_problem
 
 Mixer = Literal["mega", "tcnca", "tcncmha", "tcncgsha", "tcn", "transformer"]
 MIXERS: tuple[str, ...] = typing.get_args(Mixer)
 #: the mixers that hold a TCN, and those whose attention is cut into chunks
 WITH_TCN = ("tcnca", "tcncmha", "tcncgsha", "tcn")
 WITH_CHUNKS = ("mega", "tcnca", "tcncmha", "tcncgsha")
-#: dilations and spans are 32-bit integers in the native kernels
-SPAN_LIMIT = 2**31
 
 
 class SequenceConfig(PreTrainedConfig):
@@ -109,10 +108,9 @@ class SequenceConfig(PreTrainedConfig):
         self._require("initializer_range", self.initializer_range > 0, "must be positive")
 
     def _check_mixer(self) -> None:
-        span = (self.kernel_size - 1) * self.dilation_factor ** (self.tcn_depth - 1)
         if self.mixer in WITH_TCN:
-            allowed = f"(kernel_size - 1) * dilation_factor^(tcn_depth - 1) is {span}, must be below {SPAN_LIMIT}"
-            self._require("dilation_factor", span < SPAN_LIMIT, allowed)
+            problem = reach_problem(self.kernel_size, self.dilation_factor, self.tcn_depth, "tcn_depth")
+            self._require("dilation_factor", not problem, problem)
             no_future = "batch norm lets positions see later ones: a causal model takes layer, scale or rms"
             self._require("tcn_norm", not (self.causal and self.tcn_norm == "batch"), no_future)
         no_future = "batch norm lets positions see later ones: a causal model takes layer, scale or rms"

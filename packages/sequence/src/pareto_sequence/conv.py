@@ -30,12 +30,13 @@ import torch
 import torch.nn.functional as F
 
 from pareto_core.errors import ModelError, UnsupportedError, shown
+from pareto_sequence._span import SPAN_LIMIT
 
 Padding = Literal["causal", "circular"]
 Implementation = Literal["auto", "reference", "library", "native", "triton"]
 
-# Distances between a filter's first and last tap; the kernels count them in 32 bits.
-LARGEST_SPAN = 2**31 - 1
+# Rows that a ring of past inputs begins with where its span is longer; it doubles as inputs come.
+FIRST_ROWS = 256
 
 
 def depthwise_conv(
@@ -49,8 +50,9 @@ def depthwise_conv(
 ) -> torch.Tensor:
     """Convolve each channel of ``x`` (B, D, L) with its filter in ``weight`` (D, K); returns (B, D, L).
 
-    Differentiable in ``x``, ``weight`` and ``bias`` (D); twice so with ``reference`` and ``library`` alone. Under
-    autocast, arguments are cast as torch's own convolution casts them.
+    Differentiable in ``x``, ``weight`` and ``bias`` (D) as often as asked, and by ``torch.func``; a gradient that is to
+    be differentiated again is computed as ``library`` does. Under autocast, arguments are cast as torch's own
+    convolution casts them.
 
     Raises :class:`ModelError` for shapes, dtypes, devices or a dilation that do not fit, and
     :class:`UnsupportedError` where the implementation asked for cannot run here.
@@ -116,12 +118,17 @@ def library_conv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, padding: Padding
 ) -> torch.Tensor:
     """Pad, then convolve by torch. Arguments as in :func:`depthwise_conv`, not checked."""
+    padded, taps, dilation = padded_for_library(x, weight.shape[1], dilation, padding)
+    return F.conv1d(padded, weight[:, None, -taps:], bias, dilation=dilation, groups=x.shape[1])
+
+
+def padded_for_library(x: torch.Tensor, taps: int, dilation: int, padding: Padding) -> tuple[torch.Tensor, int, int]:
+    """``x`` padded, how many taps (the last ones) convolve it, and their dilation on it."""
     if padding == "circular":
-        padded, dilation = _wrapped(x, weight.shape[1], dilation)
-    else:
-        weight = weight[:, -reaching_taps(x.shape[-1], weight.shape[1], dilation) :]
-        padded = F.pad(x, ((weight.shape[1] - 1) * dilation, 0))
-    return F.conv1d(padded, weight[:, None, :], bias, dilation=dilation, groups=x.shape[1])
+        padded, dilation = _wrapped(x, taps, dilation)
+        return padded, taps, dilation
+    taps = reaching_taps(x.shape[-1], taps, dilation)
+    return F.pad(x, ((taps - 1) * dilation, 0)), taps, dilation
 
 
 def reaching_taps(length: int, taps: int, dilation: int) -> int:
@@ -145,30 +152,42 @@ def _wrapped(x: torch.Tensor, taps: int, dilation: int) -> tuple[torch.Tensor, i
 class ConvState:
     """The inputs that a causal convolution still needs, in a ring.
 
-    ``ring`` is (span + 1, B, D) with span = (K - 1) * dilation; the next input goes to row ``position``.
+    ``ring`` is (rows, B, D); the next input goes to row ``position``. It grows with the inputs up to ``span`` + 1 rows,
+    span = (K - 1) * dilation, and turns around from then on: a long filter costs no memory before there is text.
     """
 
     ring: torch.Tensor
+    span: int
     position: int = 0
 
     @classmethod
     def empty(cls, x: torch.Tensor, kernel_size: int, dilation: int) -> ConvState:
         """Begin before any input, for steps of the shape, dtype and device of ``x`` (B, D)."""
-        return cls(ring=x.new_zeros((kernel_size - 1) * dilation + 1, *x.shape))
+        span = (kernel_size - 1) * dilation
+        return cls(ring=x.new_zeros(min(span + 1, FIRST_ROWS), *x.shape), span=span)
 
     @classmethod
     @torch.no_grad()
     def after(cls, x: torch.Tensor, kernel_size: int, dilation: int) -> ConvState:
-        """Go on after the inputs ``x`` (B, D, L), which were convolved at once."""
+        """Go on after the inputs ``x`` (B, D, L), which were convolved at once. They are copied, outside the graph."""
         state = cls.empty(x[..., 0], kernel_size, dilation)
-        last = x[..., -state.ring.shape[0] :].permute(2, 0, 1)
+        last = x[..., -(state.span + 1) :].permute(2, 0, 1)
+        state.make_room(len(last))
         state.ring[: len(last)] = last
-        state.position = len(last) % state.ring.shape[0]
+        state.position = len(last) % (state.span + 1)
         return state
+
+    def make_room(self, rows: int) -> None:
+        """Have at least ``rows`` rows, and no more than the span asks: the ring grows at least twofold, by zeros."""
+        held = len(self.ring)
+        if rows > held:
+            ring = self.ring.new_zeros(min(max(rows, 2 * held), self.span + 1), *self.ring.shape[1:])
+            ring[:held] = self.ring
+            self.ring = ring
 
     def select(self, index: torch.Tensor) -> ConvState:
         """Keep the sequences that ``index`` (B',) names, as a beam search does; the ring is copied."""
-        return ConvState(ring=self.ring.index_select(1, index), position=self.position)
+        return ConvState(ring=self.ring.index_select(1, index), span=self.span, position=self.position)
 
 
 @torch.no_grad()
@@ -192,18 +211,21 @@ def conv_step(
     taps = weight.shape[1]
     if state is None:
         state = ConvState.empty(x, taps, dilation)
-    rows = (taps - 1) * dilation + 1
-    if state.ring.shape != (rows, *x.shape):
+    span = (taps - 1) * dilation
+    if state.span != span or state.ring.shape[1:] != x.shape:
         raise ModelError(
-            f"state.ring has shape {tuple(state.ring.shape)}; kernel size {taps}, dilation {dilation} and x of shape "
-            f"{tuple(x.shape)} need {(rows, *x.shape)}"
+            f"state.ring is for a span of {state.span} and inputs of shape {tuple(state.ring.shape[1:])}; kernel size "
+            f"{taps}, dilation {dilation} and x of shape {tuple(x.shape)} need {span} and {tuple(x.shape)}"
         )
-    state.ring[state.position] = x
-    state.position = (state.position + 1) % rows
-    # The row that comes next holds the oldest input, which the first tap reads.
-    read = (state.position + dilation * torch.arange(taps, device=x.device)) % rows
+    state.make_room(state.position + 1)
+    now = state.position
+    state.ring[now] = x
+    state.position = (now + 1) % (span + 1)
+    if len(state.ring) <= span:
+        taps = min(taps, now // dilation + 1)  # earlier inputs, which the other taps would read, are zeros
+    read = (now - dilation * torch.arange(taps - 1, -1, -1, device=x.device)) % (span + 1)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    y = (state.ring[read].to(dtype) * weight.t()[:, None, :].to(dtype)).sum(0)
+    y = (state.ring[read].to(dtype) * weight[:, -taps:].t()[:, None, :].to(dtype)).sum(0)
     return (y if bias is None else y + bias).to(x.dtype), state
 
 
@@ -225,7 +247,7 @@ def _check(
     if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
         raise ModelError(f"dilation = {shown(dilation)}: a whole number of at least 1")
     span = (weight.shape[1] - 1) * dilation
-    if max(span, dilation) > LARGEST_SPAN:
+    if max(span, dilation) >= SPAN_LIMIT:
         raise ModelError(
             f"kernel size {weight.shape[1]} with dilation {shown(dilation)} spans {shown(span)} positions: at most "
             "2^31 - 1"

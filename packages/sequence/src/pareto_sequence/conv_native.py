@@ -2,7 +2,8 @@
 
 The kernels keep 64 outputs of a row in registers while they go over all taps, reading the row itself rather than a
 padded copy of it. The gradient with respect to the input is the same convolution mirrored; those with respect to weight
-and bias are inner products, summed in an order that does not depend on the number of threads.
+and bias are inner products, summed in an order that does not depend on the number of threads. Gradients that are to be
+differentiated again leave the kernels, see ``conv_gradients``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import os
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from pareto_core.errors import ModelError, UnsupportedError
+from pareto_sequence.conv_gradients import KernelConv
 
 # Multiplications below which another thread costs more to wake than it saves.
 MULTIPLICATIONS_PER_THREAD = 2**17
@@ -54,27 +55,23 @@ def native_conv(
         raise UnsupportedError(f"implementation 'native' runs on the CPU; x is on {x.device}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"x has dtype {x.dtype}; implementation 'native' takes float32, bfloat16 or float16")
-    return NativeConv.apply(x, weight, bias, dilation, padding == "circular")
+    return NativeConv.apply(x, weight, bias, dilation, padding)
 
 
-class NativeConv(torch.autograd.Function):
+class NativeConv(KernelConv):
     """The native convolution with its gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, circular: bool
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, padding: str
     ) -> torch.Tensor:
         """See :func:`native_conv`."""
-        ctx.save_for_backward(x, weight)
-        ctx.dilation, ctx.circular = dilation, circular
-        return convolve(x, weight, bias, dilation=dilation, circular=circular).to(x.dtype)
+        return convolve(x, weight, bias, dilation=dilation, circular=padding == "circular").to(x.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def kernel_gradients(ctx: Any, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> tuple[Any, ...]:
         """Gradients with respect to x, weight and bias, where they are asked for."""
-        x, weight = ctx.saved_tensors
-        geometry = {"dilation": ctx.dilation, "circular": ctx.circular}
+        geometry = {"dilation": ctx.dilation, "circular": ctx.padding == "circular"}
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = plain(grad)
         x_grad = convolve(grad, weight, None, mirrored=True, **geometry).to(x.dtype) if needs_x else None
@@ -84,7 +81,7 @@ class NativeConv(torch.autograd.Function):
             weight_grad = weight_grad.to(weight.dtype)
         elif needs_bias:
             bias_grad = grad.sum((0, 2))
-        return x_grad, weight_grad, bias_grad if bias_grad is None else bias_grad.to(weight.dtype), None, None
+        return x_grad, weight_grad, bias_grad if bias_grad is None else bias_grad.to(weight.dtype)
 
 
 def convolve(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from pareto_core.errors import ModelError, UnsupportedError
+from pareto_sequence.conv_gradients import KernelConv
 
 # Positions are counted in 32 bits, and a position and an offset are added.
 LONGEST = 2**30
@@ -43,38 +43,36 @@ def triton_conv(
         raise ModelError(f"x has dtype {x.dtype}; implementation 'triton' takes float32, bfloat16 or float16")
     if x.shape[2] > LONGEST:
         raise ModelError(f"x has length {x.shape[2]}; implementation 'triton' takes at most {LONGEST}")
-    return TritonConv.apply(x, weight, bias, dilation, padding == "circular")
+    return TritonConv.apply(x, weight, bias, dilation, padding)
 
 
-class TritonConv(torch.autograd.Function):
+class TritonConv(KernelConv):
     """The convolution on a GPU with its gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, circular: bool
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, padding: str
     ) -> torch.Tensor:
         """See :func:`triton_conv`."""
-        ctx.save_for_backward(x, weight)
-        ctx.dilation, ctx.circular = dilation, circular
+        circular = padding == "circular"
         first, offsets = tap_offsets(x, weight.shape[1], dilation, circular, mirrored=False)
         return _convolve(x, weight, bias, first, offsets, circular)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def kernel_gradients(ctx: Any, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> tuple[Any, ...]:
         """Gradients with respect to x, weight and bias, where they are asked for."""
-        x, weight = ctx.saved_tensors
+        circular = ctx.padding == "circular"
         x_grad = weight_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            first, offsets = tap_offsets(x, weight.shape[1], ctx.dilation, ctx.circular, mirrored=True)
-            x_grad = _convolve(grad, weight, None, first, offsets, ctx.circular)
+            first, offsets = tap_offsets(x, weight.shape[1], ctx.dilation, circular, mirrored=True)
+            x_grad = _convolve(grad, weight, None, first, offsets, circular)
         if ctx.needs_input_grad[1]:
-            first, offsets = tap_offsets(x, weight.shape[1], ctx.dilation, ctx.circular, mirrored=False)
+            first, offsets = tap_offsets(x, weight.shape[1], ctx.dilation, circular, mirrored=False)
             weight_grad = torch.zeros_like(weight)
-            weight_grad[:, first:] = _weight_gradient(x, grad, offsets, ctx.circular)
+            weight_grad[:, first:] = _weight_gradient(x, grad, offsets, circular)
         if ctx.needs_input_grad[2]:
             bias_grad = grad.sum((0, 2), dtype=torch.float32).to(weight.dtype)
-        return x_grad, weight_grad, bias_grad, None, None
+        return x_grad, weight_grad, bias_grad
 
 
 def tap_offsets(

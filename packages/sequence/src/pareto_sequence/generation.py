@@ -9,6 +9,9 @@ whatever the length of the text. All rows of a batch are at the same place.
 forward pass that also fills the state; tokens then go one at a time. What cannot be exact is refused: prompts padded on
 the left, since chunks count from a row's first column. Assisted decoding needs a state that can be cut back, which this
 one cannot; transformers refuses it.
+
+A state belongs to no graph, and what continues from one records none: a loss would have the gradients of its own tokens
+alone. Training reads whole sequences.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from pareto_core.errors import UnsupportedError
+from pareto_core.errors import ModelError, UnsupportedError
 
 
 class SequenceState:
@@ -88,6 +91,28 @@ class SequenceGenerationMixin(GenerationMixin):
         return False
 
 
+def check_continuation(state: Any, attention_mask: Tensor | None, tokens: Tensor) -> None:
+    """Check what a model is to keep or to continue: ``state`` is None or its own kind, and the mask hides nothing.
+
+    The mask is that of ``tokens`` (B, L), or of these and everything before them, as ``generate`` has it. Raises
+    :class:`ModelError` for another kind of state or shape, :class:`UnsupportedError` for padding.
+    """
+    if state is not None and not isinstance(state, SequenceState):
+        raise ModelError(
+            f"past_key_values is a {type(state).__name__}: must be the SequenceState that this model returned with "
+            "use_cache=True, or None; caches of keys and values alone do not hold what these layers keep"
+        )
+    if attention_mask is None:
+        return
+    (rows, new), past = tokens.shape, 0 if state is None else state.length
+    if tuple(attention_mask.shape) not in ((rows, new), (rows, past + new)):
+        also = f", or {(rows, past + new)} with the {past} before them" if past else ""
+        raise ModelError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: must be the inputs' {(rows, new)}{also}"
+        )
+    refuse_left_padding(attention_mask)
+
+
 def refuse_left_padding(attention_mask: Tensor | None) -> None:
     """Raise :class:`UnsupportedError` where a prompt's mask has zeros: chunks and state count from the first column."""
     if attention_mask is not None and not bool(attention_mask.bool().all()):
@@ -99,8 +124,12 @@ def refuse_left_padding(attention_mask: Tensor | None) -> None:
         )
 
 
+@torch.no_grad()
 def step_through(model: Any, embedded: Tensor, state: SequenceState) -> Tensor:
-    """Read further positions (B, L, D) one at a time, updating ``state``; return the last layer's outputs (B, L, D)."""
+    """Read further positions (B, L, D) one at a time, updating ``state``; return the last layer's outputs (B, L, D).
+
+    No gradient is recorded.
+    """
     outputs = []
     for x in embedded.unbind(1):
         for number, layer in enumerate(model.layers):

@@ -45,7 +45,9 @@ def parameter_matched(config: SequenceConfig, mixer: str, *, tolerance: float = 
     if mixer == config.mixer:
         return copy.deepcopy(config)
     goal = parameter_count(config)
-    least = {"tcncgsha": 2, "tcncmha": 2 * config.num_heads, "transformer": 2 * config.num_heads}.get(mixer, 1)
+    turned = 2 if config.bias == "rotary" else 1  # a rotation takes a head's width by halves, a table takes any
+    heads = {"tcncgsha": turned, "tcncmha": turned * config.num_heads, "transformer": 2 * config.num_heads}
+    least = heads.get(mixer, 1)
     for step in (math.lcm(8, least), least):
         found = _nearest(config, mixer, step, goal)
         count = parameter_count(found)

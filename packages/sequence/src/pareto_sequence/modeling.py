@@ -6,7 +6,8 @@ zeros and attend backwards; encoders wrap convolutions around, run the EMA both 
 
 Batches are padded on the right. In an encoder, outputs at valid positions do not depend on the padding: masked keys are
 not attended to, the EMA reads zeros, a TCN wraps around each row at its own length, and batch norm counts valid
-positions only. In a decoder nothing looks right, so padding there changes nothing either.
+positions only. In a decoder nothing looks right, so padding there changes nothing either. Hidden inputs are read as
+zeros, so that not even infinities come through.
 
 Initialisation is MEGA's: linear layers N(0, 0.02^2) with biases 0, embeddings N(0, 1 / D); a TCN's taps uniform within
 1 / sqrt(K). Weights are kept as safetensors by ``save_pretrained`` and read by ``from_pretrained``.
@@ -18,16 +19,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
 
-from pareto_core.errors import DataError, ModelError, UnsupportedError
+from pareto_core.errors import DataError, ModelError, ParetoError, UnsupportedError
 from pareto_sequence.blocks import FeedForward, Residual, sinusoids
 from pareto_sequence.configuration import SequenceConfig
-from pareto_sequence.generation import SequenceGenerationMixin, SequenceState, refuse_left_padding, step_through
+from pareto_sequence.generation import SequenceGenerationMixin, SequenceState, check_continuation, step_through
 from pareto_sequence.norms import make_norm
 from pareto_sequence.temporal import make_temporal
 
@@ -115,20 +117,22 @@ class SequenceModel(SequencePreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the layers; with ``use_cache`` or a state, return the state after the last position as well.
 
-        Raises :class:`ModelError` for inputs of the wrong kind or shape, :class:`UnsupportedError` for a state in an
-        encoder or with padding.
+        What continues from a state records no gradient. Raises :class:`ModelError` for inputs, masks or states of the
+        wrong kind or shape, :class:`UnsupportedError` for a state in an encoder or with padding.
         """
         tokens = self._inputs(input_ids, input_values)
         stateful = use_cache or past_key_values is not None
         if stateful and not self.config.causal:
             raise UnsupportedError("use_cache: an encoder keeps no state, since every position sees the whole sequence")
         if stateful:
-            refuse_left_padding(attention_mask)
-        mask = None if stateful else self._valid(attention_mask, tokens)
-        x = self._embed(tokens, 0 if past_key_values is None else past_key_values.length)
-        hidden: list[Tensor] | None = [x] if output_hidden_states or self.config.output_hidden_states else None
-        x, state = self._run(x, mask, past_key_values, stateful, hidden)
-        x = x if self.norm is None else self.norm(x, mask)
+            check_continuation(past_key_values, attention_mask, tokens)
+        valid = None if stateful else self._valid(attention_mask, tokens)
+        mask = None if self.config.causal else valid  # nothing in a decoder looks right
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not continues(past_key_values)):
+            x = self._embed(tokens, valid, 0 if past_key_values is None else past_key_values.length)
+            hidden: list[Tensor] | None = [x] if output_hidden_states or self.config.output_hidden_states else None
+            x, state = self._run(x, mask, past_key_values, stateful, hidden)
+            x = x if self.norm is None else self.norm(x, mask)
         output = BaseModelOutputWithPast(
             last_hidden_state=x, past_key_values=state, hidden_states=None if hidden is None else (*hidden[:-1], x)
         )
@@ -142,7 +146,7 @@ class SequenceModel(SequencePreTrainedModel):
         stateful: bool,
         hidden: list[Tensor] | None,
     ) -> tuple[Tensor, SequenceState | None]:
-        if state is not None and state.layers:
+        if state is not None and continues(state):
             if hidden is not None:
                 raise UnsupportedError("output_hidden_states: a continued state returns the last layer's outputs only")
             return step_through(self, x, state), state
@@ -185,16 +189,20 @@ class SequenceModel(SequencePreTrainedModel):
             raise ModelError(
                 "attention_mask: rows must be valid from their first position and padded on the right only"
             )
-        return None if self.config.causal else valid
+        return valid
 
-    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+    def _embed(self, tokens: Tensor, valid: Tensor | None, start: int) -> Tensor:
         if self.values:
             assert isinstance(self.embedding, nn.Linear)
+            if valid is not None:  # here as well: 0 times NaN would be in the gradient of the weight
+                tokens = tokens.masked_fill(~valid, 0.0)
             x = self.embedding(tokens[:, :, None].to(self.embedding.weight.dtype))
         else:
             x = self.embedding(tokens)
         if self.sinusoidal:
             x = x + sinusoids(x.shape[1], x.shape[2], start, x.device).to(x.dtype)
+        if valid is not None:
+            x = x.masked_fill(~valid[:, :, None], 0.0)
         return self.dropout(x)
 
 
@@ -231,8 +239,15 @@ class SequenceForCausalLM(SequencePreTrainedModel, SequenceGenerationMixin):
         """Return logits (B, L, V), of the last ``logits_to_keep`` positions where that is not 0.
 
         ``labels`` (B, L) are aligned with ``input_ids``: position t's logits are scored on label t + 1; -100 is left
-        out. The loss is the mean cross-entropy in nats.
+        out. The loss is the mean cross-entropy in nats. Raises :class:`UnsupportedError` for labels with a state to
+        continue from where gradients are recorded: the tokens before would get none.
         """
+        trains = torch.is_grad_enabled() and not continues(past_key_values)
+        if labels is not None and torch.is_grad_enabled() and not trains:
+            raise UnsupportedError(
+                "labels with past_key_values: a state keeps no graph, so the loss would lack the gradients through "
+                "earlier tokens; train on whole sequences, or evaluate under torch.no_grad()"
+            )
         base = self.model(
             input_ids,
             attention_mask,
@@ -242,7 +257,8 @@ class SequenceForCausalLM(SequencePreTrainedModel, SequenceGenerationMixin):
             return_dict=True,
         )
         kept = base.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else base.last_hidden_state
-        logits = self.lm_head(kept)
+        with torch.set_grad_enabled(trains):
+            logits = self.lm_head(kept)
         loss = None
         if labels is not None:
             if logits_to_keep:
@@ -304,26 +320,49 @@ class SequenceForSequenceClassification(SequencePreTrainedModel):
         return pool(base.last_hidden_state, mask, self.config.pooling), base.hidden_states
 
 
+def continues(state: SequenceState | None) -> bool:
+    """Whether ``state`` holds anything to continue from."""
+    return state is not None and bool(state.layers)
+
+
 def pool(x: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     """Reduce (B, L, D) over the positions where ``mask`` (B, L) is nonzero to their mean, or to the last: (B, D)."""
     valid = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
     lengths = valid.sum(1)
     if pooling == "last":
         return x[torch.arange(len(x), device=x.device), lengths - 1]
-    total = (x * valid[:, :, None]).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = x if mask is None else x.masked_fill(valid[:, :, None] == 0, 0.0)
+    total = x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
     return (total / lengths[:, None]).to(x.dtype)
 
 
-def load_model(directory: Path) -> SequencePreTrainedModel:
+def load_model(directory: Path | str) -> SequencePreTrainedModel:
     """Read a model that ``save_pretrained`` wrote, as the class that was saved, in evaluation mode.
 
-    Raises :class:`DataError` where the directory holds none, or one of another class.
+    Raises :class:`DataError` where the directory holds none, one of another class, or weights that cannot be read or
+    are not exactly the model's, and :class:`ConfigError` for a configuration out of range.
     """
+    directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise DataError(f"no config.json in {directory}: not a saved model")
-    config = SequenceConfig.from_pretrained(directory)
-    name = (config.architectures or [""])[0]
     classes = {cls.__name__: cls for cls in (SequenceForCausalLM, SequenceForSequenceClassification, SequenceModel)}
-    if name not in classes:
-        raise DataError(f"{directory}: {name!r} is none of {', '.join(classes)}")
-    return classes[name].from_pretrained(directory).eval()
+    try:
+        config = SequenceConfig.from_pretrained(directory)
+        name = (config.architectures or [""])[0]
+        if name not in classes:
+            raise DataError(f"{directory}: {name!r} is none of {', '.join(classes)}")
+        # Sizes that do not fit come back in the report, which names them; the error for them does not.
+        model, report = classes[name].from_pretrained(directory, output_loading_info=True, ignore_mismatched_sizes=True)
+    except ParetoError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{directory}: the saved model cannot be read: {error}") from error
+    problems = [
+        f"{kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:3]}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[kind]
+    ]
+    if problems:
+        raise DataError(f"{directory}: not the weights of this {name}: {'; '.join(problems)}")
+    loaded: SequencePreTrainedModel = model.eval()
+    return loaded

@@ -15,33 +15,31 @@ A decoder's step costs O(K) per channel and block: each block keeps a ring buffe
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pareto_core.errors import ModelError, UnsupportedError
-from pareto_sequence.conv import ConvState, conv_step, depthwise_conv
+from pareto_core.errors import ModelError, UnsupportedError, shown
+from pareto_sequence._span import reach_problem
+from pareto_sequence.conv import ConvState, Implementation, conv_step, depthwise_conv
 from pareto_sequence.norm_native import fits, norm_silu_add
 from pareto_sequence.norms import EPSILON, LayerNorm, make_norm
 from pareto_sequence.turn_native import turned
-
-SPAN_LIMIT = 2**31
 
 
 def receptive_field(kernel_size: int, dilation_factor: int, depth: int) -> int:
     """Return the number of positions that an output of one TCN depends on: 1 + (K - 1) (F^0 + ... + F^(depth - 1)).
 
-    Raises :class:`ModelError` where an argument is below 1 or a block's span reaches 2^31.
+    Raises :class:`ModelError` where an argument is below 1, or a block's dilation or span reaches 2^31.
     """
     _check("kernel_size", kernel_size)
     _check("dilation_factor", dilation_factor)
     _check("depth", depth)
-    span = (kernel_size - 1) * dilation_factor ** (depth - 1)
-    if span >= SPAN_LIMIT:
-        raise ModelError(
-            f"dilation_factor = {dilation_factor}: (kernel_size - 1) * dilation_factor^(depth - 1) is {span}, "
-            f"must be below {SPAN_LIMIT}"
-        )
+    problem = reach_problem(kernel_size, dilation_factor, depth, "depth")
+    if problem:
+        raise ModelError(f"dilation_factor = {shown(dilation_factor)}: {problem}")
     return 1 + (kernel_size - 1) * sum(dilation_factor**block for block in range(depth))
 
 
@@ -99,7 +97,7 @@ class ResidualBlock(nn.Module):
         if mask is not None and self.circular:
             x, padding = self._wrapped(x, mask), "causal"
         elif mask is not None:
-            x = x * mask.to(x.dtype)[:, :, None]
+            x = x.masked_fill(~mask.bool()[:, :, None], 0.0)
         y = depthwise_conv(
             x.transpose(1, 2),
             self.weight,
@@ -123,7 +121,8 @@ class TCN(nn.Module):
 
     ``circular`` wraps around (encoding), else the input is padded with zeros on the left (decoding). ``omega`` adds the
     input scaled by a learned number per channel. ``implementation`` is :func:`~pareto_sequence.conv.depthwise_conv`'s.
-    Raises :class:`ModelError` for sizes below 1, a dilation beyond 2^31, or batch norm in a decoder.
+    Raises :class:`ModelError` for sizes below 1, a dilation beyond 2^31, batch norm in a decoder, or another
+    implementation.
     """
 
     def __init__(
@@ -144,6 +143,9 @@ class TCN(nn.Module):
         self.receptive_field = receptive_field(kernel_size, dilation_factor, depth)
         if norm == "batch" and not circular:
             raise ModelError("norm = 'batch': a decoder's positions would see later ones; take layer, scale or rms")
+        if implementation not in get_args(Implementation):
+            known = ", ".join(get_args(Implementation))
+            raise ModelError(f"implementation = {shown(implementation)}: expected one of {known}")
         self.width, self.circular = width, circular
         self.blocks = nn.ModuleList(
             ResidualBlock(width, kernel_size, dilation_factor**i, norm, circular, dropout, implementation)

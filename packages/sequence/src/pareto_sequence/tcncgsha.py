@@ -25,5 +25,5 @@ class TCNCGSHA(ChunkedMethod, TCNMethod):
     bias: Literal["simple", "rotary"] = "rotary"
 
     def width_step(self) -> int:
-        """An even width, for the rotation of positions."""
-        return 2
+        """An even width where positions are rotated; a table of biases takes any."""
+        return 2 if self.bias == "rotary" else 1

@@ -101,9 +101,9 @@ class GatedSingleHeadBlock(ChunkedGatedSingleHeadAttention):
 
 
 def open_chunk(keys: Tensor, values: Tensor, chunk_size: int | None) -> ChunkState:
-    """Return the keys and values (B, L, ...) after the last full chunk; copies, so that the prompt's are let go."""
+    """Return the keys and values (B, L, ...) after the last full chunk; copies, so that prompt and graph are let go."""
     start = 0 if chunk_size is None else keys.shape[1] // chunk_size * chunk_size
-    return ChunkState(keys[:, start:].clone(), values[:, start:].clone())
+    return ChunkState(keys[:, start:].detach().clone(), values[:, start:].detach().clone())
 
 
 def make_temporal(config: SequenceConfig) -> nn.Module:

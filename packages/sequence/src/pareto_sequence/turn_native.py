@@ -25,7 +25,7 @@ class Turn(torch.autograd.Function):
     """The exchange; its gradient is the exchange back."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(x: torch.Tensor) -> torch.Tensor:
         """See :func:`turned`."""
         x = plain(x)
         out = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
@@ -33,6 +33,20 @@ class Turn(torch.autograd.Function):
         return out
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        """Nothing is kept: the exchange is linear."""
+
+    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         """The gradient with respect to x."""
         return turned(grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
+        """The exchange of the tangent."""
+        return turned(tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Map by torch, whose copy has no fixed number of dimensions."""
+        return x.movedim(in_dims[0], 0).transpose(-1, -2).contiguous(), 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("results/sequence-cost"), help="where tables and pictures go")
     add("--only", nargs="+", choices=TABLES, default=TABLES, help="these tables")
     add("--quick", action="store_true", help="tiny sizes and few turns: figures are worth nothing")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--device", default="cpu", type=device, help="cpu, cuda or cuda:N")
     add("--threads", type=int, help="of torch, on the CPU; default: torch's own choice")
     add("--malloc", choices=["default", "kept"], default="default", help="what the C library does with freed memory")
     add("--memory", type=float, help="GiB that the CPU's cases may take, beyond which they count as out of memory")
@@ -62,9 +63,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         given = getattr(asked, name)
         if given is not None and min(given if isinstance(given, list) else [given]) < 1:
             parser.error(f"--{name.replace('_', '-')}: must be at least 1")
-    if not asked.seconds >= 0:
-        parser.error("--seconds: must not be negative")
+    if not (asked.seconds >= 0 and math.isfinite(asked.seconds)):
+        parser.error("--seconds: must be a finite number, not negative")
+    if asked.memory is not None and not (asked.memory > 0 and math.isfinite(asked.memory)):
+        parser.error("--memory: must be a finite number of GiB above 0")
     return asked
+
+
+def device(text: str) -> str:
+    """``text`` where it names a CPU or a GPU of CUDA; raises what argparse shows for anything else."""
+    kind, _, number = text.partition(":")
+    if text == "cpu" or (kind == "cuda" and (number.isdecimal() or text == "cuda")):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda and cuda:N")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,6 +112,8 @@ def prepare(asked: argparse.Namespace) -> None:
     if asked.device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UnsupportedError(f"--device {asked.device}: torch sees no GPU here")
+        if (torch.device(asked.device).index or 0) >= torch.cuda.device_count():
+            raise UnsupportedError(f"--device {asked.device}: torch sees GPUs 0 to {torch.cuda.device_count() - 1}")
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
     if asked.threads is not None:

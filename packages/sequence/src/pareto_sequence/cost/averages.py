@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -79,3 +80,26 @@ def stepped(module: DampedEMA, x: torch.Tensor) -> torch.Tensor:
         output, state = module.step(x[:, position], state)
         outputs.append(output)
     return torch.stack(outputs, 1)
+
+
+@torch.no_grad()
+def recurrence(module: DampedEMA, x: torch.Tensor) -> torch.Tensor:
+    """The output for x (B, L, D) by Eq. (7.2) in float64, token after token, both ways where the averages run so."""
+    alpha, delta = module.alpha_logit.double().sigmoid(), module.delta_logit.double().sigmoid()
+    taken = alpha * module.beta.double()
+    given = module.gamma.double() / math.sqrt(module.state_size)
+    values = x.double()
+
+    def run(rows: slice, tokens: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros(len(x), module.width, module.state_size, dtype=torch.float64, device=x.device)
+        outputs = []
+        for token in tokens.unbind(1):
+            state = taken[rows] * token[..., None] + (1 - alpha * delta)[rows] * state
+            outputs.append((given[rows] * state).sum(-1))
+        return torch.stack(outputs, 1)
+
+    y = run(slice(0, module.width), values) + module.omega.double() * values
+    if module.bidirectional:
+        # What follows a token, and not the token itself.
+        y[:, :-1] += run(slice(module.width, None), values.flip(1)).flip(1)[:, 1:]
+    return torch.nn.functional.silu(y)

@@ -4,6 +4,11 @@ Both have the same layers but for the mixer. The TCN has three residual blocks; 
 moving average's parameters, and its dilation factor the smallest with which the whole network covers the sequence
 (section 7.4.5). MEGA's kernel is computed in each pass, over the whole length, as published; beside it stand MEGA
 with its kernel made from two short tables of powers, and with its kernel truncated where the rest is negligible.
+
+Before anything is timed, the published average is compared with its recurrence and the algorithms' gradients with each
+other, at the length that is timed but at :data:`CHECKED` positions at most; the algorithms' outputs are compared at the
+whole length. ``checked`` in a row's place is the longest at which they were: less than its length only where memory did
+not suffice.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from torch import nn
 
 from pareto_core import ModelError
 from pareto_sequence.configuration import SequenceConfig
+from pareto_sequence.cost.averages import TOLERANCE, recurrence
 from pareto_sequence.cost.convolutions import own
 from pareto_sequence.cost.turns import (
     DIRECTIONS,
@@ -45,10 +51,12 @@ TRUNCATED = "MEGA-chunk (truncated kernel)"
 TCNCA = "TCNCA (own kernel)"
 LIBRARY = "TCNCA (library's convolution)"
 WITHOUT = "without the mixer"
+#: each algorithm, and the one of the same model that it must agree with
+COMPARED = ((FACTORED, BASE), (TRUNCATED, BASE), (TCNCA, LIBRARY))
 DEPTH = 3
 #: largest differences between two algorithms of one model, in parts of the largest value
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
-#: positions at which algorithms of a model are compared, at most: enough for several chunks
+#: positions at which gradients are compared, and the average with its recurrence, at most: several chunks
 CHECKED = 4096
 
 
@@ -128,6 +136,7 @@ def measure_one(length: int, shape: Shape, settings: Settings, progress: Progres
     try:
         built = models(length, shape, settings.device)
         check(built, shape, min(length, CHECKED), settings.device)
+        place["checked"] = checked_length(built, shape, length, min(length, CHECKED), settings.device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -206,14 +215,51 @@ def case_of(model: nn.Module, tokens: torch.Tensor) -> Case:
 
 
 def check(built: dict[str, nn.Module], shape: Shape, length: int, device: str) -> None:
-    """Compare the algorithms of MEGA with each other, and the convolutions of TCNCA; raises ModelError."""
+    """Compare MEGA's average with its recurrence, the algorithms of MEGA with each other, and TCNCA's convolutions.
+
+    Outputs and gradients, at ``length`` positions. Raises ModelError where they differ.
+    """
+    check_average(built[BASE], shape, length, device)
     tokens = draw(length, shape, device)
-    for name, reference in ((FACTORED, BASE), (TRUNCATED, BASE), (TCNCA, LIBRARY)):
+    for name, reference in COMPARED:
         found, expected = (answers(case_of(built[which], tokens)) for which in (name, reference))
         what = f"{name}, {shape.mode}, length {length}, width {shape.width}"
         require_close(f"{what}: its logits", found[0], expected[0], OUTPUT_TOLERANCE)
         flat, right = (torch.cat([gradient.flatten() for gradient in pair[1:]]) for pair in (found, expected))
         require_close(f"{what}: its gradients", flat, right, GRADIENT_TOLERANCE)
+
+
+@torch.no_grad()
+def check_average(model: nn.Module, shape: Shape, length: int, device: str) -> None:
+    """Compare the moving average of the first layer with its recurrence in float64; raises ModelError."""
+    average = next(module for module in model.modules() if isinstance(module, DampedEMA))
+    x = torch.randn(1, length, shape.width, generator=torch.Generator().manual_seed(length)).to(device)
+    what = f"{BASE}, {shape.mode}, length {length}, width {shape.width}: its moving average"
+    require_close(what, average(x), recurrence(average, x), TOLERANCE)
+
+
+def checked_length(built: dict[str, nn.Module], shape: Shape, length: int, known: int, device: str) -> int:
+    """Compare outputs at ``length`` positions and return it, or ``known`` where memory does not suffice for that.
+
+    Raises ModelError where they differ.
+    """
+    try:
+        check_outputs(built, shape, length, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return known
+    return length
+
+
+@torch.no_grad()
+def check_outputs(built: dict[str, nn.Module], shape: Shape, length: int, device: str) -> None:
+    """Compare what the algorithms of either model put out at ``length`` positions; raises ModelError."""
+    tokens = draw(length, shape, device)
+    for name, reference in COMPARED:
+        found, expected = (built[which](input_ids=tokens).logits for which in (name, reference))
+        what = f"{name}, {shape.mode}, length {length}, width {shape.width}: its logits"
+        require_close(what, found, expected, OUTPUT_TOLERANCE)
 
 
 def measure_tokens(lengths: Iterable[int], shape: Shape, settings: Settings, progress: Progress) -> Iterator[Row]:
@@ -223,19 +269,23 @@ def measure_tokens(lengths: Iterable[int], shape: Shape, settings: Settings, pro
     """
     lengths = sorted(lengths)
     built = models(lengths[-1], shape, settings.device)
-    check(built, shape, min(lengths[0], CHECKED), settings.device)
+    known = min(lengths[0], CHECKED)
+    check(built, shape, known, settings.device)
+    checked = {length: checked_length(built, shape, length, known, settings.device) for length in lengths}
     for name in (TCNCA, TRUNCATED, BASE):
         cases = {str(length): case_of(built[name], draw(length, shape, settings.device)) for length in lengths}
         times = take_turns(cases, settings, progress(f"time per token of {name}"))
-        yield from _per_token(name, lengths, shape, times)
+        yield from _per_token(name, checked, shape, times)
 
 
-def _per_token(name: str, lengths: list[int], shape: Shape, times: Times) -> list[Row]:
+def _per_token(name: str, checked: dict[int, int], shape: Shape, times: Times) -> list[Row]:
     rows = []
-    base = str(lengths[0])
-    for length in lengths:
+    shortest = min(checked)
+    base = str(shortest)
+    for length in checked:
         place: dict[str, int | str] = {
             "length": length, "width": shape.width, "mode": shape.mode, "layers": shape.layers, "chunk": shape.chunk,
+            "checked": checked[length],
         }  # fmt: skip
         for way in DIRECTIONS:
             if str(length) in times.failed:
@@ -243,7 +293,7 @@ def _per_token(name: str, lengths: list[int], shape: Shape, times: Times) -> lis
                 continue
             ratio = times.speedup(base, str(length), way) if base in times.seconds else None
             if ratio is not None:
-                share = lengths[0] / length
+                share = shortest / length
                 ratio = Estimate(ratio.value * share, ratio.low * share, ratio.high * share)
             milliseconds = times.milliseconds(str(length), way)
             rows.append(Row("tokens", name, way, place, milliseconds, f"length {base}", ratio))

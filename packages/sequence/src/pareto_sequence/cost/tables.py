@@ -25,9 +25,13 @@ TEXTS = {
     "models": (
         "One sequence. Ratio: how many times faster than MEGA-chunk as published (kernel computed in each pass, FFT). "
         "Bound: the same ratio for the blocks without their mixer, which no mixer can pass; the share is how much of "
-        "the bound is reached."
+        "the bound is reached. Algorithms of a model were compared before: outputs at `checked` positions, gradients "
+        "at 4,096 at most."
     ),
-    "tokens": "One sequence. Ratio: time per token to that at the shortest length; 1 is linear scaling.",
+    "tokens": (
+        "One sequence. Ratio: time per token to that at the shortest length; 1 is linear scaling. Algorithms of a "
+        "model were compared before: outputs at `checked` positions, gradients at the shortest length, 4,096 at most."
+    ),
 }
 
 
