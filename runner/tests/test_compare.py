@@ -178,6 +178,11 @@ class Gap(Task):
             return {"gap": float(np.divide(sum(ones), len(ones)) - np.divide(sum(zeros), len(zeros)))}
 
 
+def test_one_record_has_no_interval() -> None:
+    assert resample_scores(TinyTask(), records(np.array([True]))) == ()
+    assert len(resample_scores(TinyTask(), records(np.array([True, False])))) == 1000
+
+
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_resample_without_a_defined_metric_is_drawn_again(raises: bool) -> None:
     # Three in a hundred resamples of these draw one class alone.

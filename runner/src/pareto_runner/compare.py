@@ -109,8 +109,11 @@ def resample_scores(task: Task, records: Sequence[Record], seconds: float = 5.0)
     """Scores of ``task`` over bootstrap resamples of ``records``: 1,000, fewer (at least 100) where scoring is slow.
 
     The records that the n-th resample draws depend on nothing but n and the number of records. A resample on which the
-    metric is undefined is drawn again; where that does not help, there are no resampled scores.
+    metric is undefined is drawn again; where that does not help, there are no resampled scores. Nor are there any of a
+    single record, whose resamples are all alike: an interval without width would claim certainty.
     """
+    if len(records) < 2:
+        return ()
     end = time.perf_counter() + seconds
     scores: list[float] = []
     for number in range(REPLICATES):
