@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pareto_core import ModelError, backbones, tiny_gpt2
+from pareto_core import ModelError, backbones, tiny_gpt2, training_once
 from pareto_core.backbones import from_pretrained, resolve
 from pareto_core.library import library_path, read_functions, split_functions
 from pareto_core.tiny_gpt2 import BODY, Recipe, topics, train, train_tokenizer, training_texts
@@ -72,14 +71,13 @@ def test_the_tokenizer_spells_any_text() -> None:
 def test_the_first_use_trains_and_the_next_ones_find_it(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     commands = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], *_: Any) -> None:
         commands.append(command)
         path = Path(command[-1])
         path.mkdir()
         (path / "config.json").write_text("{}")
-        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(training_once, "_run", run)
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(lambda _: resolve("tiny-gpt2"), range(8)))
     assert found == {str(cache / "key")}
@@ -90,8 +88,8 @@ def test_the_first_use_trains_and_the_next_ones_find_it(cache: Path, monkeypatch
 
 
 def test_a_training_that_fails_says_why(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 1, "", "OSError: no space left")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    (cache.parent / "sitecustomize.py").write_text("raise SystemExit('OSError: no space left')")
+    monkeypatch.setenv("PYTHONPATH", str(cache.parent))
     with pytest.raises(ModelError, match="training the offline GPT-2 failed: OSError: no space left"):
         resolve("tiny-gpt2")
     assert not (cache / "key").exists()
