@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,8 +89,10 @@ def test_the_first_use_trains_and_the_next_ones_find_it(cache: Path, monkeypatch
 
 
 def test_a_training_that_fails_says_why(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (cache.parent / "sitecustomize.py").write_text("raise SystemExit('OSError: no space left')")
-    monkeypatch.setenv("PYTHONPATH", str(cache.parent))
+    python = cache.parent / "python"
+    python.write_text("#!/bin/sh\necho 'OSError: no space left' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ModelError, match="training the offline GPT-2 failed: OSError: no space left"):
         resolve("tiny-gpt2")
     assert not (cache / "key").exists()
