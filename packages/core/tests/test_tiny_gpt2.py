@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import sys
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
