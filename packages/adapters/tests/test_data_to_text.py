@@ -84,7 +84,7 @@ def test_what_a_subclass_defines() -> None:
 
 def test_scorers_are_asked_for_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nlg.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r'sacrebleu.*pip install "pareto-adapters\[nlg\]"'):
+    with pytest.raises(DataError, match=r'sacrebleu.*pip install "\./packages/adapters\[nlg\]"'):
         Toy().data_revision()
 
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from cpus import needs_cpus
 from models import tiny
 
 from pareto_core.errors import ConfigError, UnsupportedError
@@ -15,8 +16,6 @@ from pareto_cpu_runtime.families import describe
 from pareto_cpu_runtime.parallel import ParallelRuntime, WorkerError
 from pareto_cpu_runtime.runtime import Runtime
 from pareto_cpu_runtime.shard import cpu_sets, ffn_range, shard
-
-needs_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two processes need two CPUs")
 
 
 @needs_cpus

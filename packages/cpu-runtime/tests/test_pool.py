@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cpus import CPUS, needs_cpus
 
 from pareto_core.errors import ConfigError
 from pareto_cpu_runtime import _native, memory
 from pareto_cpu_runtime.pool import bound_to, made_pool, thread_count
 
 TESTS = str(Path(__file__).parent)
-CPUS = sorted(os.sched_getaffinity(0))
-needs_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="where threads run shows on two CPUs or more")
 
 
 def places() -> dict[int, list[int]]:

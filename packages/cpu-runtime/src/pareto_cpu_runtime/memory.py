@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 LINE = 64
 HUGE_PAGE = 2 << 20
 CHUNK = 256 << 20
-MOVED = 8 << 20
+MOVED = 2 << 20
+#: threads that copy at most: more of them only wait for memory
+COPIERS = 4
 
 
 class Arena:
@@ -52,16 +55,23 @@ def _mapping(size: int) -> NDArray[np.uint8]:
 def move(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
     """Copy from a file that is mapped and unchanged, letting its pages go on the way, so that none is held twice.
 
-    ``source`` must be such a mapping: other memory would be lost. The pages stay in the system's file cache.
+    ``source`` must be such a mapping: other memory would be lost. The pages stay in the system's file cache. Several
+    threads copy: most of the time goes into the kernel's clearing of new pages.
     """
     release = _madvise()
-    for start in range(0, len(source), MOVED):
+
+    def piece(start: int) -> None:
         part = source[start : start + MOVED]
         target[start : start + MOVED] = part
         first = -(-part.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
         whole = (part.ctypes.data + len(part) - first) // mmap.PAGESIZE * mmap.PAGESIZE
         if whole > 0:
             release(first, whole, mmap.MADV_DONTNEED)
+
+    starts = range(0, len(source), MOVED)
+    with ThreadPoolExecutor(max(1, min(COPIERS, len(cpus()), len(starts)))) as pool:
+        for _ in pool.map(piece, starts):  # raises what a thread raised
+            pass
 
 
 @functools.cache
