@@ -61,7 +61,7 @@ def kernels(session: nox.Session, build: str) -> None:
     environment = require_build_tools(session) | OFFLINE
     packages = ["cpu-runtime"] if build == "emulated" else sorted(NATIVE_TESTS)
     chosen = [argument for name in packages for argument in ("--package", distribution(name))]
-    install(session, [*chosen, "--group", "test"])
+    install(session, chosen, ["--only-group", "test"])
     option = "PARETO_EMULATE=ON" if build == "emulated" else f"PARETO_SANITIZE={build}"
     uv_pip(session, "install", "--no-deps", str(ROOT / "packages" / CORE))
     for name in packages:
