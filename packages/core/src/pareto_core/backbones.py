@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pareto_core.errors import DataError
+from pareto_core.training_once import to_standard_error
 
 MINILM = "minilm"
 TINY_GPT2 = "tiny-gpt2"
@@ -41,21 +42,20 @@ def minilm_path() -> Path:
     return path
 
 
-def resolve(model: str, say: Callable[[str], None] | None = None) -> str:
+def resolve(model: str, say: Callable[[str], None] = to_standard_error) -> str:
     """Turn a backbone's name (``minilm``, …, a hub name, a directory) into what ``from_pretrained`` takes.
 
     The first use of ``tiny-gpt2``, ``byte-llama`` or ``byte-llama-long`` trains it (:mod:`pareto_core.tiny_gpt2`,
-    ``.byte_llama``); ``say`` is told how far that is, standard error where it is None.
+    ``.byte_llama``); ``say`` is told how far that is.
     """
-    told = {} if say is None else {"say": say}
     if model == TINY_GPT2:
         from pareto_core.tiny_gpt2 import tiny_gpt2_path
 
-        return str(tiny_gpt2_path(model, **told))
+        return str(tiny_gpt2_path(model, say))
     if model in (BYTE_LLAMA, BYTE_LLAMA_LONG):
         from pareto_core.byte_llama import byte_llama_path
 
-        return str(byte_llama_path(model, **told))
+        return str(byte_llama_path(model, say))
     return str(minilm_path()) if model == MINILM else model
 
 

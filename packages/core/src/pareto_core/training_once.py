@@ -82,8 +82,12 @@ def _run(command: list[str], title: str, say: Callable[[str], None]) -> None:
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            say(f"training {title}: {line.rstrip()}")
+        try:
+            for line in process.stdout:
+                say(f"training {title}: {line.rstrip()}")
+        except BaseException:
+            process.kill()  # an interrupted suite leaves nothing behind that trains on
+            raise
         if process.wait():
             errors.seek(0)
             raise ModelError(f"training {title} failed: {errors.read().strip()[-500:]}")

@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted" + (": what is written stays" if found else ""), file=sys.stderr)
         return 130
+    print(text_of(asked, found))
     print(f"written: {asked.out / 'peers.md'}, {asked.out / 'peers.json'}", file=sys.stderr)
     return 0
 
@@ -84,12 +85,15 @@ def comparisons(
 
 
 def write(asked: argparse.Namespace, found: Sequence[compare.Table | compare.Together | Loading]) -> None:
-    """Print and write all tables so far."""
-    text = report.markdown(Geometry(layers=asked.layers), found)
-    print(text)
-    (asked.out / "peers.md").write_text(text, encoding="utf-8")
+    """Write all tables so far."""
+    (asked.out / "peers.md").write_text(text_of(asked, found), encoding="utf-8")
     whole = json.dumps([table.to_json() for table in found], indent=1)
     (asked.out / "peers.json").write_text(whole, encoding="utf-8")
+
+
+def text_of(asked: argparse.Namespace, found: Sequence[compare.Table | compare.Together | Loading]) -> str:
+    """The tables in Markdown."""
+    return report.markdown(Geometry(layers=asked.layers), found)
 
 
 def positive(text: str) -> int:
