@@ -343,7 +343,7 @@ def test_reading_a_packed_model_takes_its_size_once(tmp_path):
     before = file_pages()
     move(odd, target)
     assert np.array_equal(target, content[77:-5])
-    assert file_pages() - before < 2 << 20
+    assert file_pages() - before < 1 << 20
     assert np.array_equal(mapped, content)
 
 

@@ -55,23 +55,26 @@ def _mapping(size: int) -> NDArray[np.uint8]:
 def move(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
     """Copy from a file that is mapped and unchanged, letting its pages go on the way, so that none is held twice.
 
-    ``source`` must be such a mapping: other memory would be lost. The pages stay in the system's file cache. Several
+    ``source`` must be such a mapping, to the ends of its pages: other memory would be lost. The pages stay in the system's file cache. Several
     threads copy: most of the time goes into the kernel's clearing of new pages.
     """
-    release = _madvise()
+    address = source.ctypes.data
+
+    def release(start: int, end: int) -> None:
+        first = (address + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise()(first, address + end - first, mmap.MADV_DONTNEED)
 
     def piece(start: int) -> None:
-        part = source[start : start + MOVED]
-        target[start : start + MOVED] = part
-        first = -(-part.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-        whole = (part.ctypes.data + len(part) - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if whole > 0:
-            release(first, whole, mmap.MADV_DONTNEED)
+        end = min(start + MOVED, len(source))
+        target[start:end] = source[start:end]
+        release(start, end)
 
     starts = range(0, len(source), MOVED)
     with ThreadPoolExecutor(max(1, min(COPIERS, len(cpus()), len(starts)))) as pool:
         for _ in pool.map(piece, starts):  # raises what a thread raised
             pass
+    if len(source):  # a thread's first and last bytes may have mapped a huge page of its neighbours again
+        release(0, len(source))
 
 
 @functools.cache
