@@ -55,8 +55,8 @@ def _mapping(size: int) -> NDArray[np.uint8]:
 def move(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
     """Copy from a file that is mapped and unchanged, letting its pages go on the way, so that none is held twice.
 
-    ``source`` must be such a mapping, to the ends of its pages: other memory would be lost. The pages stay in the system's file cache. Several
-    threads copy: most of the time goes into the kernel's clearing of new pages.
+    ``source`` must be such a mapping, to the ends of its pages: other memory would be lost. The pages stay in the
+    system's file cache. Several threads copy: most of the time goes into the kernel's clearing of new pages.
     """
     address = source.ctypes.data
 
