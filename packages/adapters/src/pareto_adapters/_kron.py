@@ -2,8 +2,8 @@
 
 ``a`` is (m1, n1) and ``b`` (m2, n2) throughout, ``x`` (…, m1·m2) and ``y`` (…, n1·n2). Two matrix products do it, one
 with each factor; the one that comes first gives the intermediate h, which the gradient of the other factor needs.
-Autograd would keep h until then, and would sum the gradient of ``a`` over one small matrix per row; the gradients here
-are written out instead, sum within one product, and compute large intermediates again rather than keep them.
+Autograd would keep h until then; the gradients here are written out instead, and compute large intermediates again
+rather than keep them.
 """
 
 from __future__ import annotations
@@ -107,7 +107,14 @@ def _each(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_of_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The sum over rows of ``left[row] @ right[row].T``, as one product."""
+    """The sum over rows of ``left[row] @ right[row].T``: each row's product where these are no larger than the rows.
+
+    Else, and where rounding each product to half precision would lose digits, as one product of transposed copies. On
+    one core of an EPYC, 512 rows, copies cost 2 to 4 % of a frozen layer of 1024² more, and as much at 2048².
+    """
+    (p, size), q = left.shape[1:], right.shape[1]
+    if p * q <= (p + q) * size and left.element_size() >= 4:
+        return torch.bmm(left, right.transpose(1, 2)).sum(0)
     return left.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).t()
 
 
