@@ -3,7 +3,7 @@
 It reads the sources of CPython's library and the Python language reference (``pydoc_data.topics``), files in whole:
 those whose name hashes into the training split, and nothing of those that :mod:`pareto_core.tasks.byte_text` scores.
 Two recipes make the same network: ``byte-llama`` takes two to three minutes on two cores, for a first look;
-``byte-llama-long`` reads 6.7 times as much in longer windows, in some 25 minutes, for figures about accuracy: weights
+``byte-llama-long`` reads 8 times as much in longer windows, in some 25 minutes, for figures about accuracy: weights
 that hardly differ from their random start lose little by any treatment. The files (``config.json``,
 ``model.safetensors``, the tokenizer's) are kept in the cache directory, under a key of corpus and recipe. ``python -m
 pareto_core.byte_llama`` makes them ahead of time.
@@ -54,7 +54,7 @@ class Recipe:
     positions: int = 1024
     window: int = 256
     batch: int = 4
-    steps: int = 900
+    steps: int = 750
     learning_rate: float = 3e-3
     warmup: int = 40
 
